@@ -1,0 +1,182 @@
+"""Batch-axis plumbing: the only place that reshapes times to images, checks keys and draws per-example noise.
+
+Every array has a leading batch axis. Times and coefficients are scalars or (batch,) arrays; states may be pytrees.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdiff._typing import Array, Field, Key, PyTree
+
+
+def first_leaf(x: PyTree) -> Array:
+    """Return the first leaf of a state; its batch size and dtype speak for the whole tree."""
+    leaves = jax.tree.leaves(x)
+    if not leaves:
+        raise ValueError("the state has no arrays in it")
+    return leaves[0]
+
+
+def check_state(x: PyTree, name: str = "x") -> int:
+    """Return the batch size of a state of floating-point arrays with one leading batch axis.
+
+    Raises:
+      TypeError: a leaf is not a floating-point array.
+      ValueError: a leaf has no batch axis, or the leaves disagree about its size.
+    """
+    sizes = set()
+    for leaf in jax.tree.leaves(x):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating point, got dtype {dtype}; transform the data first")
+        if jnp.ndim(leaf) < 1:
+            raise ValueError(f"{name} needs a leading batch axis, got a scalar")
+        sizes.add(jnp.shape(leaf)[0])
+    if len(sizes) != 1:
+        raise ValueError(f"{name} must have one batch size in all its arrays, got {sorted(sizes)}")
+    return sizes.pop()
+
+
+def check_array(x: Array, name: str = "x") -> int:
+    """Like `check_state`, for functions that take one array only."""
+    if not hasattr(x, "dtype"):
+        raise TypeError(f"{name} must be one array of shape (batch, *event), got {type(x).__name__}")
+    return check_state(x, name)
+
+
+def batch_time(t: Array | float, x: PyTree) -> Array:
+    """Return t as a (batch,) array, in x's dtype but never below float32 (coefficients need the digits).
+
+    Raises:
+      ValueError: t is neither a scalar nor of shape (batch,).
+      TypeError: t is not real.
+    """
+    leaf = first_leaf(x)
+    if not (jnp.issubdtype(jnp.result_type(t), jnp.floating) or isinstance(t, int)):
+        raise TypeError(f"t must be floating point, got dtype {jnp.result_type(t)}")
+    if jnp.shape(t) not in ((), leaf.shape[:1]):
+        raise ValueError(f"t must be a scalar or have shape {leaf.shape[:1]} (the batch of x), got {jnp.shape(t)}")
+    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+    return jnp.broadcast_to(jnp.asarray(t).astype(dtype), leaf.shape[:1])
+
+
+def expand(c: Array, x: Array) -> Array:
+    """Reshape a scalar or (batch,) coefficient to broadcast against x of shape (batch, *event), in x's dtype."""
+    c = jnp.asarray(c)
+    if c.ndim == 0:
+        return c.astype(x.dtype)
+    return c.astype(x.dtype).reshape(c.shape + (1,) * (x.ndim - c.ndim))
+
+
+def lincomb(*terms: tuple[Array | float, PyTree]) -> PyTree:
+    """Return sum_i c_i x_i for pairs (c_i, x_i) of scalar or (batch,) coefficients and states."""
+    coefficients, states = zip(*terms)
+
+    def leaf(*xs):
+        products = [expand(c, x) * x for c, x in zip(coefficients, xs)]
+        return sum(products[1:], start=products[0])
+
+    return jax.tree.map(leaf, *states)
+
+
+def call(field: Field, x: PyTree, t: Array) -> PyTree:
+    """Call a field by the contract: t of shape (batch,) in x's dtype."""
+    return field(x, batch_time(t, x).astype(first_leaf(x).dtype))
+
+
+def sum_event(x: Array) -> Array:
+    """Sum over all axes but the first."""
+    return jnp.sum(x, axis=tuple(range(1, x.ndim)))
+
+
+def mean_event(x: Array) -> Array:
+    """Average over all axes but the first."""
+    return jnp.mean(x, axis=tuple(range(1, x.ndim)))
+
+
+def event_size(x: PyTree) -> int:
+    """Return the number of entries per example."""
+    return sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(x))
+
+
+def check_key(key: Key) -> None:
+    """Raise TypeError unless key is a typed threefry key (jax.random.key)."""
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        got = getattr(key, "dtype", type(key).__name__)
+        raise TypeError(f"key must be a typed key made by jax.random.key, got {got}")
+    if key.dtype != _THREEFRY:
+        raise TypeError(f"key must be a threefry key (the same on every device and batch size), got {key.dtype}")
+
+
+def example_keys(key: Key, batch: int) -> Key:
+    """Return one key per example, shape (batch,): a single key is split once, per-example keys pass through.
+
+    Raises:
+      TypeError: key is not a typed threefry key.
+      ValueError: key has another shape than () or (batch,).
+    """
+    check_key(key)
+    if key.shape == ():
+        return jax.random.split(key, batch)
+    if key.shape != (batch,):
+        raise ValueError(f"key must be one key or one key per example, shape ({batch},); got shape {key.shape}")
+    return key
+
+
+def fold_in(keys: Key, data: Array | int) -> Key:
+    """Fold one integer into each of the per-example keys."""
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
+
+
+def normal_like(keys: Key, x: PyTree) -> PyTree:
+    """Draw unit normals like x, example i from keys[i] alone."""
+    return _draw_like(jax.random.normal, keys, x)
+
+
+def rademacher_like(keys: Key, x: PyTree) -> PyTree:
+    """Draw +-1 with equal probability like x, example i from keys[i] alone."""
+    return _draw_like(jax.random.rademacher, keys, x)
+
+
+def is_concrete(x) -> bool:
+    """Tell whether x has values that can be looked at now (it is not a tracer)."""
+    return not isinstance(x, jax.core.Tracer)
+
+
+def check_grid(ts: Array, *, decreasing: bool | None = None) -> None:
+    """Check a time grid of at least two entries, strictly monotone; values only where they can be seen.
+
+    Raises:
+      ValueError: another rank or length, not monotone, not finite, or running in the wrong direction.
+      TypeError: ts is not floating point.
+    """
+    if not jnp.issubdtype(jnp.result_type(ts), jnp.floating):
+        raise TypeError(f"ts must be floating point, got dtype {jnp.result_type(ts)}")
+    if jnp.ndim(ts) != 1 or jnp.shape(ts)[0] < 2:
+        raise ValueError(f"ts must be a vector of at least two times, got shape {jnp.shape(ts)}")
+    if not is_concrete(ts):
+        return
+    steps = np.diff(np.array(ts))
+    if not (np.all(steps > 0) or np.all(steps < 0)):
+        raise ValueError("ts must be strictly monotone and finite: repeated, reversed or non-finite times in it")
+    if decreasing is not None and bool(steps[0] < 0) != decreasing:
+        want, got = ("decrease", "increases") if decreasing else ("increase", "decreases")
+        raise ValueError(f"ts must {want} here, but it {got}: from {float(ts[0]):g} to {float(ts[-1]):g}")
+
+
+_THREEFRY = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32")).dtype
+
+
+def _draw_like(draw, keys, x):
+    leaves, structure = jax.tree.flatten(x)
+    drawn = []
+    for i, leaf in enumerate(leaves):
+        # A single array uses the keys as they are, so its noise is what a user would draw from them.
+        leaf_keys = keys if len(leaves) == 1 else fold_in(keys, i)
+        drawn.append(jax.vmap(lambda k, leaf=leaf: draw(k, leaf.shape[1:], leaf.dtype))(leaf_keys))
+    return jax.tree.unflatten(structure, drawn)
