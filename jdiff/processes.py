@@ -227,16 +227,15 @@ def time_at(process: Process, log_snr_value: Array) -> Array:
     target = _as_time(log_snr_value)
     if hasattr(process, "time_at"):
         return jnp.clip(process.time_at(target), 0, process.t_max)
-    held = jax.lax.stop_gradient((process, target))
 
     def halve(_, ends):
         low, high = ends
         middle = 0.5 * (low + high)
-        too_early = log_snr(held[0], middle) > held[1]
+        too_early = log_snr(process, middle) > target
         return jnp.where(too_early, middle, low), jnp.where(too_early, high, middle)
 
-    ends = jnp.zeros_like(held[1]), jnp.full_like(held[1], process.t_max)
-    t = jax.lax.fori_loop(0, 64, halve, ends)[1]
+    ends = jnp.zeros_like(target), jnp.full_like(target, process.t_max)
+    t = jax.lax.stop_gradient(jax.lax.fori_loop(0, 64, halve, ends)[1])
     value, slope = jax.jvp(lambda t: log_snr(process, t), (t,), (jnp.ones_like(t),))
     step = (value - target) / jax.lax.stop_gradient(slope)
     # At the ends of time log-SNR may be infinite, and the bracket is already exact.

@@ -1,0 +1,144 @@
+"""Stochastic differential equations as pairs of functions, and the reverse of a process given any field.
+
+dx = drift(x, t) dt + diffusion(x, t) dw with diagonal noise. Time runs from data to noise; sampling integrates with
+decreasing t, where dt is negative and the noise has variance |dt|.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jdiff._array import batch_time, call, expand, lincomb
+from jdiff._typing import Array, Field, Kind, Process, PyTree
+from jdiff.predictions import check_kind, conversion
+from jdiff.processes import rates, squared_diffusion
+
+__all__ = ["SDE", "forward", "probability_flow", "reverse", "reverse_sde"]
+
+
+class SDE(NamedTuple):
+    """An SDE with diagonal noise, or an ODE where diffusion is None.
+
+    Both functions take (x, t) with t of shape (batch,) and return a state like x.
+    """
+
+    drift: Callable[[PyTree, Array], PyTree]
+    diffusion: Callable[[PyTree, Array], PyTree] | None = None
+
+
+def forward(process: Process) -> SDE:
+    """Return the linear SDE with the process's marginals: drift alpha'/alpha x, diffusion g (see squared_diffusion).
+
+    Song et al. 2021 (arXiv 2011.13456), eq. 5. Infinite where alpha = 0 (the end of Rectified and Cosine).
+    """
+
+    def drift(x, t):
+        alpha, _, dalpha, _ = rates(process, batch_time(t, x))
+        return lincomb((dalpha / alpha, x))
+
+    return SDE(drift, _spread(lambda t: jnp.sqrt(squared_diffusion(process, t))))
+
+
+def reverse(
+    process: Process,
+    field: Field,
+    *,
+    predict: Kind = "score",
+    eta: Array | float = 1.0,
+    diffusion: Callable[[Array], Array] | None = None,
+) -> SDE:
+    """Return the family of SDEs, run with decreasing t, that share the process's marginals.
+
+    drift = velocity - w^2/2 score, diffusion = w. Any w(t) >= 0 keeps the marginals. The default is w = eta g: eta = 1 is
+    the reverse SDE of Anderson 1982 (Song et al. 2021, arXiv 2011.13456, eq. 6), eta = 0 the probability flow (eq. 13).
+    Where alpha(t_max) = 0 (Rectified, Cosine) g is infinite there, and the default is w = eta sigma; a field of kind x0,
+    v or velocity may then start at t_max itself, eps and score (which say nothing about x_0 there) must start below.
+
+    Args:
+      process: the forward process.
+      field: (x, t) -> prediction, of the kind named by predict.
+      predict: kind of the field.
+      eta: stochasticity.
+      diffusion: w as a function of t, shape (batch,) -> (batch,), in place of the default; eta then scales it.
+
+    Raises:
+      ValueError: unknown kind.
+    """
+    check_kind(predict)
+
+    def w(t):
+        if diffusion is not None:
+            return eta * diffusion(t)
+        alpha, sigma, dalpha, dsigma = rates(process, t)
+        ends_without_signal = process.marginal(jnp.asarray(process.t_max, t.dtype))[0] == 0
+        safe = jnp.where(ends_without_signal, 1, alpha)
+        g = jnp.sqrt(2 * sigma * (dsigma - dalpha / safe * sigma))
+        return eta * jnp.where(ends_without_signal, sigma, g)
+
+    def drift(x, t):
+        t = batch_time(t, x)
+        velocity_x, velocity_out = conversion(process, t, predict, "velocity")
+        score_x, score_out = conversion(process, t, predict, "score")
+        half = 0.5 * w(t) ** 2
+        return lincomb((velocity_x - half * score_x, x), (velocity_out - half * score_out, call(field, x, t)))
+
+    return SDE(drift, _spread(w))
+
+
+def probability_flow(process: Process, field: Field, *, predict: Kind = "score") -> SDE:
+    """Return the probability-flow ODE dx/dt = velocity(x, t) of a field of any kind.
+
+    Song et al. 2021 (arXiv 2011.13456), eq. 13. Flow matching is predict="velocity" on Rectified().
+
+    Raises:
+      ValueError: unknown kind.
+    """
+    check_kind(predict)
+
+    def drift(x, t):
+        t = batch_time(t, x)
+        p, q = conversion(process, t, predict, "velocity")
+        return lincomb((p, x), (q, call(field, x, t)))
+
+    return SDE(drift)
+
+
+def reverse_sde(sde: SDE, score: Field, *, eta: Array | float = 1.0) -> SDE:
+    """Return the reverse of a user's own SDE, given the score of its marginals.
+
+    drift = f - (1 + eta^2)/2 (div(g^2) + g^2 score), diffusion = eta g; Song et al. 2021 (arXiv 2011.13456), eqs. 16 and 37.
+    g may depend on t and, component by component, on x: g_i(x_i, t), as in geometric Brownian motion (div(g^2) is then
+    one jvp). A g_i that depends on other components is outside of this formula.
+
+    Raises:
+      ValueError: the SDE has no diffusion.
+    """
+    if sde.diffusion is None:
+        raise ValueError("an ODE is its own reverse: run it with decreasing times")
+
+    def drift(x, t):
+        t = batch_time(t, x)
+        half = 0.5 * (1 + jnp.asarray(eta, t.dtype) ** 2)
+
+        def g2(x):
+            return jax.tree.map(jnp.square, sde.diffusion(x, t))
+
+        squared, divergence = jax.jvp(g2, (x,), (jax.tree.map(jnp.ones_like, x),))
+        pull = jax.tree.map(lambda g2, s, div: div + g2 * s, squared, call(score, x, t), divergence)
+        return lincomb((1.0, sde.drift(x, t)), (-half, pull))
+
+    return SDE(drift, lambda x, t: lincomb((eta, sde.diffusion(x, t))))
+
+
+def _spread(w):
+    """Turn w(t) into a diffusion like x."""
+
+    def diffusion(x, t):
+        values = w(batch_time(t, x))
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(expand(values, leaf), leaf.shape), x)
+
+    return diffusion
