@@ -1,0 +1,240 @@
+"""One training step as a pure function: parameters, optimiser state, an average of the parameters, and no diffusion."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+LossFn = Callable[[PyTree, jax.Array, Mapping[str, Any]], tuple[jax.Array, Mapping[str, jax.Array]]]
+
+
+class TrainState(NamedTuple):
+    """All that training carries from step to step: arrays only, no functions and no key.
+
+    Attributes:
+        step: () int32, number of finished updates.
+        params: the network's parameters.
+        ema: their exponential moving average, in float32 or wider.
+        opt_state: state of the optax transformation.
+    """
+
+    step: jax.Array
+    params: PyTree
+    ema: PyTree
+    opt_state: PyTree
+
+
+def init_state(params: PyTree, tx: optax.GradientTransformation) -> TrainState:
+    """State before the first update: step 0, average equal to the parameters.
+
+    Every leaf is a fresh buffer, so that donating the state neither deletes the caller's `params` nor donates one buffer twice.
+    May be called under `jax.eval_shape` to plan a state without allocating it.
+    """
+    copy = lambda tree: jax.tree.map(jnp.copy, tree)
+    ema = jax.tree.map(lambda leaf: jnp.array(leaf, dtype=_wide(leaf.dtype)), params)
+    return TrainState(jnp.zeros((), jnp.int32), copy(params), ema, copy(tx.init(params)))
+
+
+def example_keys(key: jax.Array, step: jax.Array | int, index: jax.Array) -> jax.Array:
+    """One key per example, a function of (key, step, position in the global batch) and of nothing else.
+
+    `keys[i] = fold_in(fold_in(key, step), index[i])`. Device, process, batch size and mapping do not enter, so that resuming and
+    resharding change no noise.
+
+    Args:
+        key: one typed threefry key.
+        step: () integer.
+        index: (batch,) integers.
+
+    Returns:
+        Keys, shape (batch,).
+
+    Raises:
+        TypeError: `key` is no single typed threefry key, or `index` no integers.
+        ValueError: `index` is not of shape (batch,).
+    """
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise TypeError(f"key must be a typed key from jax.random.key, got {dtype or type(key).__name__}")
+    if "threefry2x32" not in str(jax.random.key_impl(key)):
+        raise TypeError(f"key must be a threefry2x32 key, got {jax.random.key_impl(key)}")
+    if key.shape:
+        raise TypeError(f"key must be one key, got shape {key.shape}")
+    index = jnp.asarray(index)
+    if not jnp.issubdtype(index.dtype, jnp.integer):
+        raise TypeError(f"index must be integers, got {index.dtype}")
+    if index.ndim != 1:
+        raise ValueError(f"index must have shape (batch,), got {index.shape}")
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), index)
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    ema_decay: float,
+    ema_warmup: bool = True,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> Callable[[TrainState, jax.Array, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]:
+    """One update: mean loss over the global batch, its gradient, an optax update, the moving average.
+
+    `ema <- ema + (1 - d) (params - ema)` with `d = min(ema_decay, (1 + step) / (10 + step))`, step counted before the update
+    (the `num_updates` rule of TensorFlow's ExponentialMovingAverage); `ema_warmup=False` is the constant decay of Song et al. 2021
+    (arXiv 2011.13456).
+
+    The function is pure and unmapped: put it into `jax.jit` over sharded arrays (`axis_name=None`), or into `jax.shard_map` or
+    `jax.pmap` with the state replicated, the batch split in equal parts and `axis_name` their axis. All give the gradient of the
+    same global mean. Buffer donation belongs to the caller's `jit`; `jdiff.parallel.data_parallel` does both.
+
+    Nothing is skipped when the loss or the gradient is not finite: `metrics["finite"]` says so and the caller stops (or `tx` is
+    wrapped in `optax.apply_if_finite`).
+
+    Args:
+        loss_fn: (params, keys, batch) -> (per-example loss (batch,), metrics); keys (batch,), metrics a dict of per-example or
+            scalar values, averaged over the global batch. The network's compute dtype is its own matter.
+        tx: an optax transformation.
+        ema_decay: in [0, 1).
+        ema_warmup: lower the decay during the first updates.
+        axis_name: mapped axis or axes, None under `jit`.
+
+    Returns:
+        `(state, key, batch) -> (state, metrics)`. `batch` is a mapping with `batch["index"]`, (batch,) integers: each example's
+        position in the global batch. `metrics` holds () arrays: `loss`, `grad_norm` (before any clipping in `tx`), `finite`
+        (bool: loss and gradient norm are finite) and the loss function's own. While it is traced the step raises `TypeError` or
+        `ValueError` for a key, an index, a loss or a metric of the wrong kind.
+
+    Raises:
+        ValueError: `ema_decay` outside [0, 1).
+    """
+    if not 0.0 <= ema_decay < 1.0:
+        raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
+
+    def train_step(state, key, batch):
+        if not isinstance(batch, Mapping) or "index" not in batch:
+            raise ValueError(
+                'batch must be a mapping with "index", the (batch,) positions in the global batch; '
+                f"got {sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__}"
+            )
+        keys = example_keys(key, state.step, batch["index"])
+
+        def mean_loss(params):
+            loss, metrics = loss_fn(params, keys, batch)
+            if jnp.shape(loss) != keys.shape:
+                raise ValueError(
+                    f"loss_fn must return one loss per example, shape {keys.shape}, got {jnp.shape(loss)}"
+                )
+            if reserved := {"loss", "grad_norm", "finite"} & set(metrics):
+                raise ValueError(f"loss_fn's metrics may not use the names {sorted(reserved)}")
+            for name, value in metrics.items():
+                if jnp.shape(value) not in ((), keys.shape):
+                    raise ValueError(f"metric {name!r} must have shape () or {keys.shape}, got {jnp.shape(value)}")
+            metrics = {"loss": loss, **metrics}
+            means = {name: jnp.mean(value, dtype=_mean_dtype(value)) for name, value in metrics.items()}
+            return means["loss"], means
+
+        params = state.params
+        if axis_name is not None:
+            # shard_map sums the gradient of a replicated value over the devices; that of a varying one stays local, as in pmap.
+            params = jax.lax.pcast(params, axis_name, to="varying")
+        grads, metrics = jax.grad(mean_loss, has_aux=True)(params)
+        if axis_name is not None:
+            grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = _average(state.ema, params, state.step, ema_decay, ema_warmup)
+        return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+    return train_step
+
+
+def learning_rate(peak: float, *, warmup: int = 0, total: int | None = None) -> optax.Schedule:
+    """Linear warm-up, then constant, or a cosine to zero at `total`.
+
+    `peak min(step / warmup, 1)` (Song et al. 2021, arXiv 2011.13456, warm-up 5000), times
+    `(1 + cos(pi (step - warmup) / (total - warmup))) / 2` after the warm-up where `total` is given.
+
+    Args:
+        peak: highest rate, > 0.
+        warmup: updates of warm-up; 0 for none. With warm-up the first update has rate 0.
+        total: updates until the rate reaches zero, > warmup.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    if not peak > 0:
+        raise ValueError(f"peak must be positive, got {peak}")
+    if warmup < 0:
+        raise ValueError(f"warmup must be >= 0, got {warmup}")
+    if total is not None and total <= warmup:
+        raise ValueError(f"total must exceed warmup = {warmup}, got {total}")
+
+    def schedule(step):
+        step = jnp.asarray(step).astype(jnp.float32)
+        rate = peak * jnp.minimum(step / max(warmup, 1), 1.0) if warmup else jnp.full_like(step, peak)
+        if total is not None:
+            progress = jnp.clip((step - warmup) / (total - warmup), 0.0, 1.0)
+            rate = rate * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        return rate
+
+    return schedule
+
+
+def adam(
+    rate: float | optax.Schedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    clip: float | None = None,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """Adam (Kingma & Ba 2015, arXiv 1412.6980) as score models are trained: gradients clipped by their global norm first.
+
+    Args:
+        rate: learning rate or schedule, e.g. `learning_rate(2e-4, warmup=5000)`.
+        b1: decay of the first moment, in [0, 1).
+        b2: decay of the second moment, in [0, 1).
+        eps: added to the root of the second moment.
+        clip: largest global norm of the gradient, > 0; None for no clipping.
+        weight_decay: decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101), times the learning rate, on every parameter.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    for name, value in {"b1": b1, "b2": b2}.items():
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"{name} must lie in [0, 1), got {value}")
+    if not eps > 0 or weight_decay < 0 or (clip is not None and not clip > 0):
+        raise ValueError(
+            "eps and clip must be positive and weight_decay >= 0, "
+            f"got eps={eps}, clip={clip}, weight_decay={weight_decay}"
+        )
+    parts = [] if clip is None else [optax.clip_by_global_norm(clip)]
+    parts.append(optax.scale_by_adam(b1, b2, eps))
+    if weight_decay:
+        parts.append(optax.add_decayed_weights(weight_decay))
+    return optax.chain(*parts, optax.scale_by_learning_rate(rate))
+
+
+def _average(ema, params, step, decay, warmup):
+    # 1 - min(d, (1 + n) / (10 + n)) = max(1 - d, 9 / (10 + n)): no cancellation where d is near 1.
+    weight = jnp.float32(1.0 - decay)
+    if warmup:
+        weight = jnp.maximum(weight, 9.0 / (10.0 + step.astype(jnp.float32)))
+    return jax.tree.map(lambda e, p: e + weight.astype(e.dtype) * (p.astype(e.dtype) - e), ema, params)
+
+
+def _wide(dtype):
+    """The dtype to average in: a decay of 0.9999 is lost below float32."""
+    return jnp.float32 if jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4 else dtype
+
+
+def _mean_dtype(value):
+    dtype = jnp.result_type(value)
+    return _wide(dtype) if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32
