@@ -1,0 +1,57 @@
+"""From a Linen network and its parameters to a field."""
+
+import jax
+from flax import linen as nn
+
+from jdiff._array import check_key
+from jdiff._typing import Array, Field, PyTree
+
+
+def as_field(
+    module: nn.Module,
+    params: PyTree,
+    *,
+    cond: Array | None = None,
+    train: bool = False,
+    rngs: dict[str, Array] | None = None,
+) -> Field:
+    """Close a network over its parameters, labels and randomness: `field(x, t)`, or `field(x, t, cond)` for guidance.
+
+    The field calls `module.apply({"params": params}, x, t, cond, train=train, rngs=rngs)`: any Linen module whose
+    `__call__` is `(x, t, cond=None, *, train=False)` and whose only variables are parameters will do. Build it inside
+    the traced function with `params` as an argument of that function: a field is a function, not a pytree.
+
+    Args:
+        module: the network.
+        params: the bare `params` collection, `module.init(key, x, t)["params"]`, without the outer `{"params": ...}`.
+        cond: labels `(batch,)`, the default of the field's third argument; None is the null label.
+        train: dropout on; needs `rngs={"dropout": ...}`.
+        rngs: typed keys by name: one key each, or one key per example each, shape `(batch,)`. With keys per
+            example the dropout of example i depends on key i alone, not on the size, order or sharding of the batch.
+
+    Raises:
+        TypeError: keys that are not typed (`jax.random.key`), before anything is traced.
+        ValueError: keys of more than one axis, or one key here and one per example there.
+    """
+    per_example = _keys_per_example(rngs or {})
+
+    def field(x: Array, t: Array, cond: Array | None = cond) -> Array:
+        if not per_example:
+            return module.apply({"params": params}, x, t, cond, train=train, rngs=rngs)
+
+        def single(keys, x, t, cond):
+            label = None if cond is None else cond[None]
+            return module.apply({"params": params}, x[None], t[None], label, train=train, rngs=keys)[0]
+
+        return jax.vmap(single)(rngs, x, t, cond)
+
+    return field
+
+
+def _keys_per_example(rngs: dict[str, Array]) -> bool:
+    for key in rngs.values():
+        check_key(key)
+    ranks = {name: key.ndim for name, key in rngs.items()}
+    if any(rank > 1 for rank in ranks.values()) or len(set(ranks.values())) > 1:
+        raise ValueError(f"rngs must all be one key, or all one key per example (batch,), got axes {ranks}")
+    return 1 in ranks.values()

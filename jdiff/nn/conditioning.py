@@ -1,0 +1,163 @@
+"""What a network knows besides x: the noise level and, optionally, a class label, as one vector per example."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from jdiff._typing import Array
+
+SMOOTH_FREQUENCIES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+"""Angular frequencies of the "smooth" embedding, in radians per unit of log-SNR."""
+
+_LOG_SNR_LIMIT = 20.0
+_EMBEDDINGS = ("fourier", "positional", "smooth")
+
+
+def positional_features(value: Array, dim: int) -> Array:
+    """Sinusoids `[sin(w_k v), cos(w_k v)]`, `w_k = 10000^(-k / (dim//2 - 1))`, zero-padded to an odd `dim`.
+
+    Ho et al. 2020 (arXiv 2006.11239) after Vaswani et al. 2017 (arXiv 1706.03762, section 3.5); in published networks
+    `v = 999 t`, which oscillates in `t` and makes the probability-flow ODE costly to integrate.
+
+    Args:
+        value: `(batch,)`, of the order of 0 to 1000.
+        dim: number of features, at least 4.
+
+    Returns:
+        `(batch, dim)` in the dtype of `value`.
+
+    Raises:
+        ValueError: `dim` below 4.
+    """
+    if dim < 4:
+        raise ValueError(f"positional features need dim >= 4, got {dim}")
+    half = dim // 2
+    features = _sin_cos(value, np.exp(-np.log(10000.0) * np.arange(half) / (half - 1)))
+    return jnp.pad(features, ((0, 0), (0, dim - 2 * half)))
+
+
+def smooth_features(log_snr: Array, frequencies: tuple[float, ...] = SMOOTH_FREQUENCIES) -> Array:
+    """Sinusoids `[sin(w_k l), cos(w_k l)]` of the log signal-to-noise ratio `l`, at a few low frequencies `w_k`.
+
+    `l` is clipped to +-20, so that processes without signal or without noise at an end (`l = -inf, inf`) stay finite.
+
+    Args:
+        log_snr: `(batch,)`, `log(alpha^2 / sigma^2)`.
+        frequencies: angular frequencies.
+
+    Returns:
+        `(batch, 2 len(frequencies))` in the dtype of `log_snr`.
+    """
+    return _sin_cos(jnp.clip(log_snr, -_LOG_SNR_LIMIT, _LOG_SNR_LIMIT), np.asarray(frequencies))
+
+
+class FourierFeatures(nn.Module):
+    """Sinusoids `[sin(2 pi W v), cos(2 pi W v)]` at random Gaussian frequencies `W`, drawn once and never trained.
+
+    Tancik et al. 2020 (arXiv 2006.10739), as used by Song et al. 2021 (arXiv 2011.13456, appendix H) with
+    `v = log sigma`. `W` lies among the parameters as `frequencies`, because published checkpoints hold it there; its
+    gradient is zero.
+
+    Attributes:
+        count: number of frequencies; there are twice as many features.
+        scale: standard deviation of `W`.
+    """
+
+    count: int
+    scale: float = 16.0
+
+    @nn.compact
+    def __call__(self, value: Array) -> Array:
+        """Map `(batch,)` to `(batch, 2 count)`."""
+        frequencies = self.param("frequencies", nn.initializers.normal(self.scale), (self.count,), jnp.float32)
+        return _sin_cos(value, 2 * np.pi * jax.lax.stop_gradient(frequencies))
+
+
+class Conditioning(nn.Module):
+    """`(t, cond) -> dense(swish(dense(features(noise_level(t))))) + label`, one vector of `width` per example.
+
+    Attributes:
+        noise_level: `(batch,) -> (batch,)`, from the time to the very number that is embedded: `lambda t: 999 * t` for
+            published "positional" networks, `log sigma(t)` for "fourier", `log(alpha^2 / sigma^2)` for "smooth".
+        width: size of the vector.
+        embedding: "smooth", "positional" or "fourier".
+        features: number of features of "positional"; number of frequencies of "fourier".
+        frequencies: angular frequencies of "smooth".
+        fourier_scale: standard deviation of the frequencies of "fourier".
+        num_classes: labels are `0 ... num_classes - 1`, and `num_classes` is the null label. None: no labels.
+        dtype: of the computation; None is x's. Features are always computed in at least float32.
+    """
+
+    noise_level: Callable[[Array], Array]
+    width: int
+    embedding: str = "smooth"
+    features: int = 128
+    frequencies: tuple[float, ...] = SMOOTH_FREQUENCIES
+    fourier_scale: float = 16.0
+    num_classes: int | None = None
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, t: Array, cond: Array | None = None) -> Array:
+        """Embed `t` and `cond`, both `(batch,)`, for a batch of `x`; None is the null label. Returns `(batch, width)`.
+
+        Raises:
+            ValueError: wrong shapes, labels for a network without, unknown `embedding`, `num_classes` below 1.
+            TypeError: x or t not floating, labels not integer.
+        """
+        if self.embedding not in _EMBEDDINGS:
+            raise ValueError(f"embedding must be one of {', '.join(_EMBEDDINGS)}, got {self.embedding!r}")
+        _check_inputs(x, t, cond, self.num_classes)
+        dtype = self.dtype or x.dtype
+        # 999 t in bfloat16 has steps of 4: the features are never computed below float32.
+        level = self.noise_level(t if jnp.finfo(t.dtype).bits >= 32 else t.astype(jnp.float32))
+        if level.shape != t.shape:
+            raise ValueError(f"noise_level must keep the shape {t.shape} of t, got {level.shape}")
+        if self.embedding == "positional":
+            features = positional_features(level, self.features)
+        elif self.embedding == "fourier":
+            features = FourierFeatures(self.features, self.fourier_scale, name="fourier")(level)
+        else:
+            features = smooth_features(level, self.frequencies)
+        hidden = nn.Dense(self.width, kernel_init=initializer(), dtype=dtype, name="dense_0")(features)
+        vector = nn.Dense(self.width, kernel_init=initializer(), dtype=dtype, name="dense_1")(nn.swish(hidden))
+        if self.num_classes is None:
+            return vector
+        label = jnp.full(t.shape, self.num_classes) if cond is None else jnp.asarray(cond)
+        table = nn.Embed(self.num_classes + 1, self.width, embedding_init=nn.initializers.normal(1.0), name="label")
+        return vector + table(label).astype(dtype)
+
+
+def initializer(scale: float = 1.0) -> nn.initializers.Initializer:
+    """Uniform, variance `scale / mean(fan_in, fan_out)`; scale 0 means 1e-10 ("zero, but with a gradient").
+
+    Glorot & Bengio 2010, with the scales of Ho et al. 2020 (arXiv 2006.11239).
+    """
+    return nn.initializers.variance_scaling(max(scale, 1e-10), "fan_avg", "uniform")
+
+
+def _sin_cos(value: Array, frequencies) -> Array:
+    angle = value[:, None] * jnp.asarray(frequencies, value.dtype)[None, :]
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+def _check_inputs(x: Array, t: Array, cond: Array | None, num_classes: int | None) -> None:
+    if not (jnp.issubdtype(x.dtype, jnp.floating) and jnp.issubdtype(t.dtype, jnp.floating)):
+        raise TypeError(f"x and t must be floating, got {x.dtype} and {t.dtype}")
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"t must have shape {x.shape[:1]}, one time per example of x {x.shape}, got {t.shape}")
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"num_classes must be None or at least 1, got {num_classes}")
+    if cond is None:
+        return
+    if num_classes is None:
+        raise ValueError("cond was given to a network without labels: build it with num_classes")
+    if not jnp.issubdtype(jnp.result_type(cond), jnp.integer):
+        raise TypeError(f"cond must hold integer class labels, got {jnp.result_type(cond)}")
+    if jnp.shape(cond) != x.shape[:1]:
+        raise ValueError(
+            f"cond must have shape {x.shape[:1]}, one label per example of x {x.shape}, got {jnp.shape(cond)}"
+        )
