@@ -51,9 +51,9 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
 def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """Put a batch on the mesh, its leading axis split over all devices.
 
-    With one process the batch is the global batch. With several, each passes the rows its own devices shall hold, as many as every
-    other, and the result is the global array with the processes' rows one after the other. Examples carry their `index` in
-    the global batch with them, so that this order changes no noise.
+    With one process the batch is the global batch. With several, each passes the rows its own devices shall hold, as
+    many as every other, and the result is the global array with the processes' rows one after the other. Examples
+    carry their `index` in the global batch with them, so that this order changes no noise.
 
     Args:
         batch: tree of arrays (rows, ...), rows divisible by the process's number of devices.
@@ -63,7 +63,8 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
         The tree of global arrays, (rows * processes, ...).
 
     Raises:
-        ValueError: a leaf without leading axis, leaves of different lengths, or a length that the devices do not divide.
+        ValueError: a leaf without leading axis, leaves of different lengths, or a length that the devices do not
+            divide.
     """
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     local = len(mesh.local_devices)
@@ -90,9 +91,9 @@ def data_parallel(
 ) -> Callable[[TrainState, jax.Array, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]:
     """Compile `jdiff.training.make_train_step` over a mesh: state replicated, batch split, gradients averaged.
 
-    The three mappings compute the same update, on any number of devices: keys come from an example's position in the global batch.
-    `jit` leaves the collectives to XLA, `shard_map` writes them out, `pmap` (in maintenance mode in JAX, one process only) is
-    there for those who need it.
+    The three mappings compute the same update, on any number of devices: keys come from an example's position in the
+    global batch. `jit` leaves the collectives to XLA, `shard_map` writes them out, `pmap` (in maintenance mode in
+    JAX, one process only) is there for those who need it.
 
     Args:
         loss_fn: (params, keys, batch) -> (per-example loss, metrics), see `make_train_step`.
@@ -104,8 +105,8 @@ def data_parallel(
         donate: reuse the old state's memory for the new one; the old state is gone after the call.
 
     Returns:
-        A jitted `(state, key, batch) -> (state, metrics)` (it has `.lower`), for a state from `replicate` or one that is on no
-        particular device, and a batch from `shard_batch` or, with one process, of NumPy arrays.
+        A jitted `(state, key, batch) -> (state, metrics)` (it has `.lower`), for a state from `replicate` or one that
+        is on no particular device, and a batch from `shard_batch` or, with one process, of NumPy arrays.
 
     Raises:
         ValueError: unknown `how`; `pmap` with several processes or mesh axes; what `make_train_step` raises.
@@ -139,9 +140,10 @@ def start_processes(
 ) -> None:
     """Join this process to the others of the run; with one process, do nothing. Call it before anything else of JAX.
 
-    The flags win. A flag not given is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID; failing these, where
-    SLURM (inside `srun`), Open MPI or a TPU worker list announces several processes, `jax.distributed.initialize` finds out the
-    rest. A Cloud TPU VM announces itself by its metadata server only: pass `detect=True` there.
+    The flags win. A flag not given is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID; failing
+    these, where SLURM (inside `srun`), Open MPI or a TPU worker list announces several processes,
+    `jax.distributed.initialize` finds out the rest. A Cloud TPU VM announces itself by its metadata server only: pass
+    `detect=True` there.
 
     From then on JAX catches SIGTERM as a notice of pre-emption: it does not end the process any more.
 

@@ -30,8 +30,8 @@ class TrainState(NamedTuple):
 def init_state(params: PyTree, tx: optax.GradientTransformation) -> TrainState:
     """State before the first update: step 0, average equal to the parameters.
 
-    Every leaf is a fresh buffer, so that donating the state neither deletes the caller's `params` nor donates one buffer twice.
-    May be called under `jax.eval_shape` to plan a state without allocating it.
+    Every leaf is a fresh buffer, so that donating the state neither deletes the caller's `params` nor donates one
+    buffer twice. May be called under `jax.eval_shape` to plan a state without allocating it.
     """
     copy = lambda tree: jax.tree.map(jnp.copy, tree)
     ema = jax.tree.map(lambda leaf: jnp.array(leaf, dtype=_wide(leaf.dtype)), params)
@@ -41,8 +41,8 @@ def init_state(params: PyTree, tx: optax.GradientTransformation) -> TrainState:
 def example_keys(key: jax.Array, step: jax.Array | int, index: jax.Array) -> jax.Array:
     """One key per example, a function of (key, step, position in the global batch) and of nothing else.
 
-    `keys[i] = fold_in(fold_in(key, step), index[i])`. Device, process, batch size and mapping do not enter, so that resuming and
-    resharding change no noise.
+    `keys[i] = fold_in(fold_in(key, step), index[i])`. Device, process, batch size and mapping do not enter, so that
+    resuming and resharding change no noise.
 
     Args:
         key: one typed threefry key.
@@ -81,30 +81,31 @@ def make_train_step(
 ) -> Callable[[TrainState, jax.Array, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]:
     """One update: mean loss over the global batch, its gradient, an optax update, the moving average.
 
-    `ema <- ema + (1 - d) (params - ema)` with `d = min(ema_decay, (1 + step) / (10 + step))`, step counted before the update
-    (the `num_updates` rule of TensorFlow's ExponentialMovingAverage); `ema_warmup=False` is the constant decay of Song et al. 2021
-    (arXiv 2011.13456).
+    `ema <- ema + (1 - d) (params - ema)` with `d = min(ema_decay, (1 + step) / (10 + step))`, step counted before the
+    update (the `num_updates` rule of TensorFlow's ExponentialMovingAverage); `ema_warmup=False` is the constant decay
+    of Song et al. 2021 (arXiv 2011.13456).
 
-    The function is pure and unmapped: put it into `jax.jit` over sharded arrays (`axis_name=None`), or into `jax.shard_map` or
-    `jax.pmap` with the state replicated, the batch split in equal parts and `axis_name` their axis. All give the gradient of the
-    same global mean. Buffer donation belongs to the caller's `jit`; `jdiff.parallel.data_parallel` does both.
+    The function is pure and unmapped: put it into `jax.jit` over sharded arrays (`axis_name=None`), or into
+    `jax.shard_map` or `jax.pmap` with the state replicated, the batch split in equal parts and `axis_name` their
+    axis. All give the gradient of the same global mean. Buffer donation belongs to the caller's `jit`;
+    `jdiff.parallel.data_parallel` does both.
 
-    Nothing is skipped when the loss or the gradient is not finite: `metrics["finite"]` says so and the caller stops (or `tx` is
-    wrapped in `optax.apply_if_finite`).
+    Nothing is skipped when the loss or the gradient is not finite: `metrics["finite"]` says so and the caller stops
+    (or `tx` is wrapped in `optax.apply_if_finite`).
 
     Args:
-        loss_fn: (params, keys, batch) -> (per-example loss (batch,), metrics); keys (batch,), metrics a dict of per-example or
-            scalar values, averaged over the global batch. The network's compute dtype is its own matter.
+        loss_fn: (params, keys, batch) -> (per-example loss (batch,), metrics); keys (batch,), metrics a dict of
+            per-example or scalar values, averaged over the global batch. The network's compute dtype is its own matter.
         tx: an optax transformation.
         ema_decay: in [0, 1).
         ema_warmup: lower the decay during the first updates.
         axis_name: mapped axis or axes, None under `jit`.
 
     Returns:
-        `(state, key, batch) -> (state, metrics)`. `batch` is a mapping with `batch["index"]`, (batch,) integers: each example's
-        position in the global batch. `metrics` holds () arrays: `loss`, `grad_norm` (before any clipping in `tx`), `finite`
-        (bool: loss and gradient norm are finite) and the loss function's own. While it is traced the step raises `TypeError` or
-        `ValueError` for a key, an index, a loss or a metric of the wrong kind.
+        `(state, key, batch) -> (state, metrics)`. `batch` is a mapping with `batch["index"]`, (batch,) integers: each
+        example's position in the global batch. `metrics` holds () arrays: `loss`, `grad_norm` (before any clipping in
+        `tx`), `finite` (bool: loss and gradient norm are finite) and the loss function's own. While it is traced the
+        step raises `TypeError` or `ValueError` for a key, an index, a loss or a metric of the wrong kind.
 
     Raises:
         ValueError: `ema_decay` outside [0, 1).
@@ -123,9 +124,7 @@ def make_train_step(
         def mean_loss(params):
             loss, metrics = loss_fn(params, keys, batch)
             if jnp.shape(loss) != keys.shape:
-                raise ValueError(
-                    f"loss_fn must return one loss per example, shape {keys.shape}, got {jnp.shape(loss)}"
-                )
+                raise ValueError(f"loss_fn must return one loss per example, shape {keys.shape}, got {jnp.shape(loss)}")
             if reserved := {"loss", "grad_norm", "finite"} & set(metrics):
                 raise ValueError(f"loss_fn's metrics may not use the names {sorted(reserved)}")
             for name, value in metrics.items():
@@ -137,7 +136,8 @@ def make_train_step(
 
         params = state.params
         if axis_name is not None:
-            # shard_map sums the gradient of a replicated value over the devices; that of a varying one stays local, as in pmap.
+            # shard_map sums the gradient of a replicated value over the devices; that of a varying one stays local,
+            # as in pmap.
             params = jax.lax.pcast(params, axis_name, to="varying")
         grads, metrics = jax.grad(mean_loss, has_aux=True)(params)
         if axis_name is not None:
@@ -194,7 +194,7 @@ def adam(
     clip: float | None = None,
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
-    """Adam (Kingma & Ba 2015, arXiv 1412.6980) as score models are trained: gradients clipped by their global norm first.
+    """Adam (Kingma & Ba 2015, arXiv 1412.6980) after a clipping of the gradient by its global norm.
 
     Args:
         rate: learning rate or schedule, e.g. `learning_rate(2e-4, warmup=5000)`.
@@ -202,7 +202,8 @@ def adam(
         b2: decay of the second moment, in [0, 1).
         eps: added to the root of the second moment.
         clip: largest global norm of the gradient, > 0; None for no clipping.
-        weight_decay: decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101), times the learning rate, on every parameter.
+        weight_decay: decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101), times the learning rate, on every
+            parameter.
 
     Raises:
         ValueError: a value out of range.
