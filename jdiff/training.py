@@ -145,7 +145,9 @@ def make_train_step(
         metrics["grad_norm"] = optax.tree.norm(grads)
         metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
 
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        with jax.numpy_dtype_promotion("standard"):
+            # optax's Adam mixes dtypes and could not be traced in a session that is strict about its own code.
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = _average(state.ema, params, state.step, ema_decay, ema_warmup)
         return TrainState(state.step + 1, params, ema, opt_state), metrics

@@ -1,0 +1,239 @@
+"""The training step against formulas in NumPy float64: gradients, optimisers, averages, keys, flags."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jdiff import training
+
+BATCH, DIM = 6, 3
+KEY = jax.random.key(7)
+
+
+def noise(key, step, index):
+    """The contract written out with single keys, no vmap."""
+    base = jax.random.fold_in(key, step)
+    rows = [jax.random.normal(jax.random.fold_in(base, int(i)), (DIM,)) for i in index]
+    return np.stack(rows).astype(np.float64)
+
+
+def regression(params, keys, batch):
+    """|x W + b - eps|^2 with eps from the keys: its gradient is elementary."""
+    eps = jax.vmap(lambda key: jax.random.normal(key, (DIM,)))(keys)
+    error = batch["x"] @ params["w"] + params["b"][None] - eps
+    return jnp.sum(error**2, -1), {"abs": jnp.mean(jnp.abs(error), -1), "two": jnp.float32(2)}
+
+
+def expected(w, b, x, eps):
+    error = x @ w + b - eps
+    return np.mean(np.sum(error**2, -1)), 2 * x.T @ error / len(x), 2 * error.mean(0), np.mean(np.abs(error))
+
+
+@pytest.fixture(scope="module")
+def problem():
+    rng = np.random.default_rng(0)
+    params = {"w": rng.normal(size=(DIM, DIM)).astype(np.float32), "b": rng.normal(size=DIM).astype(np.float32)}
+    batch = {"x": rng.normal(size=(BATCH, DIM)).astype(np.float32), "index": np.array([4, 0, 9, 2, 11, 5])}
+    return jax.tree.map(jnp.asarray, params), batch
+
+
+@pytest.mark.parametrize(("decay", "warmup"), [(0.3, True), (0.999, True), (0.9, False)])
+def test_sgd_equals_the_formula(problem, decay, warmup):
+    params, batch = problem
+    rate, tx = 0.05, optax.sgd(0.05)
+    step = jax.jit(training.make_train_step(regression, tx, ema_decay=decay, ema_warmup=warmup))
+    state = training.init_state(params, tx)
+    w, b = np.asarray(params["w"], np.float64), np.asarray(params["b"], np.float64)
+    ema = w
+    for n in range(4):
+        state, metrics = step(state, KEY, batch)
+        loss, dw, db, mean_abs = expected(w, b, batch["x"], noise(KEY, n, batch["index"]))
+        w, b = w - rate * dw, b - rate * db
+        d = min(decay, (1 + n) / (10 + n)) if warmup else decay
+        ema = d * ema + (1 - d) * w
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-6)
+        np.testing.assert_allclose(metrics["abs"], mean_abs, rtol=2e-6)
+        np.testing.assert_allclose(metrics["grad_norm"], np.sqrt((dw**2).sum() + (db**2).sum()), rtol=2e-6)
+        assert metrics["two"] == 2
+        assert metrics["finite"]
+        assert state.step == n + 1
+        assert state.step.dtype == jnp.int32
+        np.testing.assert_allclose(state.params["w"], w, rtol=2e-6, atol=2e-6)
+        np.testing.assert_allclose(state.params["b"], b, rtol=2e-6, atol=2e-6)
+        np.testing.assert_allclose(state.ema["w"], ema, rtol=2e-6, atol=2e-6)
+    assert step._cache_size() == 1
+
+
+def test_adam_with_clipping_warmup_cosine_and_decay_equals_the_formula(problem):
+    params, batch = problem
+    peak, warmup, total, b1, b2, eps, clip, decay = 0.1, 2, 6, 0.8, 0.95, 1e-8, 0.5, 0.01
+    schedule = training.learning_rate(peak, warmup=warmup, total=total)
+    tx = training.adam(schedule, b1=b1, b2=b2, eps=eps, clip=clip, weight_decay=decay)
+    step = jax.jit(training.make_train_step(regression, tx, ema_decay=0.0))
+    state = training.init_state(params, tx)
+    p = np.concatenate([np.asarray(params["w"], np.float64), np.asarray(params["b"], np.float64)[None]])
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    for n in range(7):
+        state, metrics = step(state, KEY, batch)
+        _, dw, db, _ = expected(p[:DIM], p[DIM], batch["x"], noise(KEY, n, batch["index"]))
+        g = np.concatenate([dw, db[None]])
+        norm = np.sqrt((g**2).sum())
+        np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+        g *= min(1, clip / norm)
+        assert norm > clip
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        rate = peak * n / warmup if n < warmup else peak * (1 + np.cos(np.pi * (n - warmup) / (total - warmup))) / 2
+        direction = (m / (1 - b1 ** (n + 1))) / (np.sqrt(v / (1 - b2 ** (n + 1))) + eps)
+        p = p - rate * (direction + decay * p)
+        np.testing.assert_allclose(state.params["w"], p[:DIM], atol=1e-5)
+        np.testing.assert_allclose(state.params["b"], p[DIM], atol=1e-5)
+
+
+def test_learning_rate_shapes():
+    constant, warm = training.learning_rate(3.0), training.learning_rate(3.0, warmup=4)
+    assert [float(constant(n)) for n in (0, 100)] == [3.0, 3.0]
+    assert [float(warm(n)) for n in (0, 1, 4, 100)] == [0.0, 0.75, 3.0, 3.0]
+    cosine = training.learning_rate(2.0, total=8)
+    np.testing.assert_allclose([cosine(n) for n in (0, 4, 8, 20)], [2.0, 1.0, 0.0, 0.0], atol=1e-6)
+
+
+def test_keys_belong_to_examples_not_to_places(problem):
+    keys = training.example_keys(KEY, jnp.int32(3), jnp.array([5, 1, 5]))
+    base = jax.random.fold_in(KEY, 3)
+    expected_keys = [jax.random.key_data(jax.random.fold_in(base, i)) for i in (5, 1, 5)]
+    np.testing.assert_array_equal(jax.random.key_data(keys), np.stack(expected_keys))
+
+    params, batch = problem
+    order = np.array([3, 1, 5, 0, 2, 4])
+    tx = optax.sgd(0.1)
+    step = jax.jit(training.make_train_step(regression, tx, ema_decay=0.5))
+    one, _ = step(training.init_state(params, tx), KEY, batch)
+    other, _ = step(training.init_state(params, tx), KEY, {name: leaf[order] for name, leaf in batch.items()})
+    np.testing.assert_allclose(one.params["w"], other.params["w"], atol=1e-6)
+    moved, _ = step(training.init_state(params, tx), KEY, {**batch, "index": batch["index"] + 1})
+    assert np.abs(one.params["w"] - moved.params["w"]).max() > 1e-3
+
+
+def test_finite_sees_the_loss_and_the_gradient():
+    tx = optax.sgd(1.0)
+    batch = {"index": np.arange(2)}
+
+    def run(value, loss):
+        step = training.make_train_step(lambda p, keys, batch: (loss(p), {}), tx, ema_decay=0.9)
+        return jax.jit(step)(training.init_state(jnp.float32(value), tx), KEY, batch)[1]
+
+    root = lambda p: jnp.broadcast_to(jnp.sqrt(p), (2,))
+    good, steep, bad = run(1.0, root), run(0.0, root), run(-1.0, root)
+    assert good["finite"]
+    assert np.isfinite(steep["loss"])  # the gradient is what is infinite
+    assert not steep["finite"]
+    assert not bad["finite"]
+    blown = run(1.0, lambda p: jnp.array([1.0, jnp.inf]) + 0 * p)
+    assert not blown["finite"]
+
+
+def test_bfloat16_compute_keeps_float32_state_and_means():
+    params = {"w": jnp.eye(DIM), "b": jnp.zeros(DIM)}
+    batch = {"x": np.full((512, DIM), 1.01, np.float32), "index": np.arange(512)}
+
+    def loss_fn(params, keys, batch):
+        low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+        y = batch["x"].astype(jnp.bfloat16) @ low["w"] + low["b"][None]
+        return jnp.sum(y - 1, -1) * 0 + (batch["index"] < 257).astype(jnp.bfloat16), {"y": jnp.mean(y)}
+
+    tx = training.adam(1e-3, clip=1.0)
+    state, metrics = jax.jit(training.make_train_step(loss_fn, tx, ema_decay=0.9))(
+        training.init_state(params, tx), KEY, batch
+    )
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves((state.params, state.ema, state.opt_state[1].mu))}
+    assert dtypes == {jnp.dtype(jnp.float32)}
+    assert metrics["loss"].dtype == jnp.float32
+    assert metrics["loss"] == 257 / 512  # nine bits: no bfloat16 number
+
+    # A decay of 0.9999 does not move a bfloat16 average at all; ours is wider.
+    half = training.init_state({"w": jnp.ones(2, jnp.bfloat16)}, optax.sgd(1.0))
+    assert half.params["w"].dtype == jnp.bfloat16
+    assert half.ema["w"].dtype == jnp.float32
+
+
+def test_float64_is_kept(x64, problem):
+    params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), problem[0])
+    tx = optax.sgd(0.1)
+    loss_fn = lambda p, keys, batch: (jnp.sum((batch["x"] @ p["w"] + p["b"][None]) ** 2, -1), {})
+    batch = {"x": problem[1]["x"].astype(np.float64), "index": problem[1]["index"]}
+    state, metrics = training.make_train_step(loss_fn, tx, ema_decay=0.9)(training.init_state(params, tx), KEY, batch)
+    loss, dw, _, _ = expected(np.asarray(params["w"]), np.asarray(params["b"]), batch["x"], 0.0)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-14)
+    np.testing.assert_allclose(state.params["w"], np.asarray(params["w"]) - 0.1 * dw, rtol=1e-12)
+    # The weight of the average is a float32 number.
+    np.testing.assert_allclose(
+        state.ema["w"], 0.1 * np.asarray(params["w"]) + 0.9 * np.asarray(state.params["w"]), rtol=1e-6
+    )
+
+
+def test_state_is_fresh_arrays_only_and_can_be_donated(problem):
+    params, batch = problem
+    tx = training.adam(1e-3)
+    state = training.init_state(params, tx)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+    step = jax.jit(training.make_train_step(regression, tx, ema_decay=0.9), donate_argnums=0)
+    new, _ = step(state, KEY, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, new)))
+    planned = jax.eval_shape(lambda p: training.init_state(p, tx), params)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), planned) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), new
+    )
+
+
+def test_the_step_leaves_the_host_alone(problem):
+    params, batch = problem
+    tx = training.adam(training.learning_rate(1e-3, warmup=3), clip=1.0)
+    step = jax.jit(training.make_train_step(regression, tx, ema_decay=0.9))
+    state, batch = training.init_state(params, tx), jax.device_put(batch)
+    state, _ = step(state, KEY, batch)
+    with jax.transfer_guard("disallow"):
+        state, _ = step(state, KEY, batch)
+    assert "callback" not in step.lower(state, KEY, batch).as_text()
+
+
+@pytest.mark.parametrize(
+    ("key", "batch", "loss", "error", "match"),
+    [
+        (jax.random.PRNGKey(0), {}, None, TypeError, "typed key"),
+        (jax.random.key(0, impl="rbg"), {}, None, TypeError, "threefry2x32 key, got"),
+        (jax.random.split(KEY, 2), {}, None, TypeError, r"one key, got shape \(2,\)"),
+        (KEY, {"index": np.arange(2.0)}, None, TypeError, "integers, got float32"),
+        (KEY, {"index": np.zeros((2, 1), int)}, None, ValueError, r"shape \(batch,\), got \(2, 1\)"),
+        (KEY, {"index": None}, None, ValueError, r"got \['x'\]"),
+        (KEY, {}, lambda p, k, b: (jnp.sum(p), {}), ValueError, r"one loss per example, shape \(2,\), got \(\)"),
+        (KEY, {}, lambda p, k, b: (b["x"] * p, {"loss": 1.0}), ValueError, r"names \['loss'\]"),
+        (KEY, {}, lambda p, k, b: (b["x"] * p, {"a": jnp.ones(3)}), ValueError, r"metric 'a' must have shape"),
+    ],
+)
+def test_bad_input_is_named(key, batch, loss, error, match):
+    tx = optax.sgd(0.1)
+    batch = {"x": np.ones(2, np.float32), "index": np.arange(2), **batch}
+    batch = {name: leaf for name, leaf in batch.items() if leaf is not None}
+    step = training.make_train_step(loss or (lambda p, k, b: (b["x"] * p, {})), tx, ema_decay=0.9)
+    with pytest.raises(error, match=match):
+        jax.jit(step)(training.init_state(jnp.float32(1), tx), key, batch)
+
+
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lambda: training.make_train_step(regression, optax.sgd(1.0), ema_decay=1.0), "ema_decay"),
+        (lambda: training.learning_rate(0.0), "peak"),
+        (lambda: training.learning_rate(1.0, warmup=-1), "warmup"),
+        (lambda: training.learning_rate(1.0, warmup=5, total=5), "total"),
+        (lambda: training.adam(1.0, b2=1.0), "b2"),
+        (lambda: training.adam(1.0, clip=0.0), "clip"),
+        (lambda: training.adam(1.0, weight_decay=-1.0), "weight_decay"),
+    ],
+)
+def test_bad_settings_are_named(build, match):
+    with pytest.raises(ValueError, match=match):
+        build()
