@@ -1,0 +1,47 @@
+"""jdiff: functional diffusion models in JAX.
+
+A forward process is two functions of time, a network is any callable, a solver is a pure step. `jdiff.nn`,
+`jdiff.data`, `jdiff.checkpoint`, `jdiff.parallel` and `jdiff.importers` are imported by name when they are needed.
+"""
+
+from jdiff import analytic, likelihood, losses, predictions, processes, sampling, sde, solvers, times
+from jdiff._typing import Field, Kind, Process
+from jdiff.likelihood import LogLikelihood, log_likelihood
+from jdiff.predictions import convert, precondition, reparameterise
+from jdiff.processes import EDM, VE, VP, Cosine, Rectified, SubVP
+from jdiff.sampling import sample
+from jdiff.sde import SDE, forward, probability_flow, reverse, reverse_sde
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EDM",
+    "SDE",
+    "VE",
+    "VP",
+    "Cosine",
+    "Field",
+    "Kind",
+    "LogLikelihood",
+    "Process",
+    "Rectified",
+    "SubVP",
+    "analytic",
+    "convert",
+    "forward",
+    "likelihood",
+    "log_likelihood",
+    "losses",
+    "precondition",
+    "predictions",
+    "probability_flow",
+    "processes",
+    "reparameterise",
+    "reverse",
+    "reverse_sde",
+    "sample",
+    "sampling",
+    "sde",
+    "solvers",
+    "times",
+]

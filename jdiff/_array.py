@@ -50,7 +50,7 @@ def check_array(x: Array, name: str = "x") -> int:
 
 
 def batch_time(t: Array | float, x: PyTree) -> Array:
-    """Return t as a (batch,) array, in x's dtype but never below float32 (coefficients need the digits).
+    """Return t as a (batch,) array, in `coefficient_dtype(x)`.
 
     Raises:
       ValueError: t is neither a scalar nor of shape (batch,).
@@ -61,8 +61,20 @@ def batch_time(t: Array | float, x: PyTree) -> Array:
         raise TypeError(f"t must be floating point, got dtype {jnp.result_type(t)}")
     if jnp.shape(t) not in ((), leaf.shape[:1]):
         raise ValueError(f"t must be a scalar or have shape {leaf.shape[:1]} (the batch of x), got {jnp.shape(t)}")
-    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-    return jnp.broadcast_to(jnp.asarray(t).astype(dtype), leaf.shape[:1])
+    return jnp.broadcast_to(jnp.asarray(t).astype(coefficient_dtype(x)), leaf.shape[:1])
+
+
+def coefficient_dtype(x: PyTree) -> jnp.dtype:
+    """Return the dtype of times and coefficients for a state: x's own, but never below float32."""
+    dtype = first_leaf(x).dtype
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def full_like_batch(x: PyTree, value: float) -> Array:
+    """Return a (batch,) array of one value in `coefficient_dtype(x)`, varying over devices as x does."""
+    leaf = first_leaf(x)
+    zeros = jnp.zeros_like(leaf.reshape(leaf.shape[0], -1)[:, 0], coefficient_dtype(x))
+    return zeros + jnp.asarray(value, zeros.dtype)
 
 
 def expand(c: Array, x: Array) -> Array:

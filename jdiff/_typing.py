@@ -19,9 +19,9 @@ KINDS: tuple[str, ...] = get_args(Kind)
 class Process(Protocol):
     """A Gaussian forward process, p(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I), for t in [0, t_max].
 
-    `marginal` is the one method to write; it is elementwise in t and keeps t's shape and dtype. `t_min` is where sampling
-    ends and likelihoods are evaluated by default. Optional: an attribute `prior_std` (default sigma(t_max)) and a method
-    `time_at(log_snr)`, the inverse of log alpha^2/sigma^2 (default: bisection).
+    `marginal` is the one method to write; it is elementwise in t and keeps t's shape and dtype. `t_min` is where
+    sampling ends and likelihoods are evaluated by default. Optional: an attribute `prior_std` (default sigma(t_max))
+    and a method `time_at(log_snr)`, the inverse of log alpha^2/sigma^2 (default: bisection).
     """
 
     t_min: float

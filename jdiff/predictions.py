@@ -1,7 +1,8 @@
 """What a network predicts, and exact conversions between the five kinds.
 
-Every prediction is a x_0 + b eps with scalars (a, b) of t: x0 (1, 0), eps (0, 1), v (-sigma, alpha), score (0, -1/sigma),
-velocity (alpha', sigma'). Together with x_t = alpha x_0 + sigma eps that makes all conversions one 2x2 inverse.
+Every prediction is a x_0 + b eps with scalars (a, b) of t: x0 (1, 0), eps (0, 1), v (-sigma, alpha), score (0,
+-1/sigma), velocity (alpha', sigma'). Together with x_t = alpha x_0 + sigma eps that makes all conversions one 2x2
+inverse.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from jdiff._array import batch_time, call, check_array, expand, lincomb
 from jdiff._typing import KINDS, Array, Field, Kind, Process
 from jdiff.processes import rates
 
-__all__ = ["check_kind", "coefficients", "convert", "conversion", "precondition", "reparameterise", "split"]
+__all__ = ["check_kind", "coefficients", "conversion", "convert", "precondition", "reparameterise", "split"]
 
 
 def check_kind(kind: str) -> None:
@@ -24,7 +25,8 @@ def check_kind(kind: str) -> None:
 def coefficients(process: Process, t: Array, kind: Kind) -> tuple[Array, Array]:
     """Return (a, b), shaped like t, of the prediction a x_0 + b eps.
 
-    v: Salimans & Ho 2022 (arXiv 2202.00512), appendix D. score: Song et al. 2021 (arXiv 2011.13456), the denoising score
+    v: Salimans & Ho 2022 (arXiv 2202.00512), appendix D. score: Song et al. 2021 (arXiv 2011.13456), the denoising
+      score
     -eps/sigma. velocity: d x_t/dt along x_0 and eps, Lipman et al. 2022 (arXiv 2210.02747), eq. 14.
 
     Raises:
@@ -47,8 +49,8 @@ def coefficients(process: Process, t: Array, kind: Kind) -> tuple[Array, Array]:
 def conversion(process: Process, t: Array, src: Kind, dst: Kind) -> tuple[Array, Array]:
     """Return the scalars (p, q), shaped like t, with dst = p x_t + q src.
 
-    For src (a, b), dst (c, d), det = alpha b - sigma a: p = (c b - d a) / det, q = (alpha d - sigma c) / det. x_0 and eps
-    are not formed on the way, so a score becomes a velocity without a division by alpha^2.
+    For src (a, b), dst (c, d), det = alpha b - sigma a: p = (c b - d a) / det, q = (alpha d - sigma c) / det. x_0 and
+    eps are not formed on the way, so a score becomes a velocity without a division by alpha^2.
 
     Raises:
       ValueError: unknown kind.
@@ -116,13 +118,13 @@ def precondition(
 ) -> Field:
     """Wrap a network so that its input and its regression target have unit variance for every process and time.
 
-    For data of mean m and standard deviation d, with s^2 = alpha^2 d^2 + sigma^2 and y = x - alpha m, the network F sees
-    y / s and regresses (sigma (x_0 - m) / d - alpha d eps) / s, so that
+    For data of mean m and standard deviation d, with s^2 = alpha^2 d^2 + sigma^2 and y = x - alpha m, the network F
+    sees y / s and regresses (sigma (x_0 - m) / d - alpha d eps) / s, so that
 
         x_0 = m + d (alpha d y + sigma s F) / s^2,    eps = (sigma y - alpha d s F) / s^2.
 
-    With scalar d, m = 0 and alpha = 1 this is Karras et al. 2022 (arXiv 2206.00364), table 1, row EDM. The kind asked for
-    is formed from both directly: nothing is divided by alpha or sigma that the kind itself does not divide by.
+    With scalar d, m = 0 and alpha = 1 this is Karras et al. 2022 (arXiv 2206.00364), table 1, row EDM. The kind asked
+    for is formed from both directly: nothing is divided by alpha or sigma that the kind itself does not divide by.
 
     Args:
       process: the forward process.

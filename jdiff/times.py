@@ -1,8 +1,8 @@
 """Sampling grids and training-time draws, for every process.
 
-Grids have n + 1 times, decreasing from t_max to t_min; reverse them (`ts[::-1]`) to encode. Draws return (t, weight): the
-weighted average of f(t) estimates its mean over uniform t in [t_min, t_max] without bias, whatever the density; leave the
-weight out to let the density itself be the weighting.
+Grids have n + 1 times, decreasing from t_max to t_min; reverse them (`ts[::-1]`) to encode. Draws return (t, weight):
+the weighted average of f(t) estimates its mean over uniform t in [t_min, t_max] without bias, whatever the density;
+leave the weight out to let the density itself be the weighting.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ __all__ = [
     "uniform_log_snr",
 ]
 
-# Where alpha(t_max) = 0 log-SNR is -inf: spacing in log-SNR starts from sigma/alpha = 1000 instead, and t_max stays on the grid.
+# Where alpha(t_max) = 0 log-SNR is -inf: spacing in log-SNR starts from sigma/alpha = 1000 instead, and t_max stays on
+# the grid.
 _LOG_SNR_FLOOR = -13.8
 
 
@@ -41,7 +42,10 @@ def linear(process: Process, n: int, *, t_min: float | None = None, t_max: float
 
 
 def quadratic(process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None) -> Array:
-    """Return n steps of equal length in sqrt(t), finer near the data (Song, Meng & Ermon 2021, arXiv 2010.02502, app. D.2)."""
+    """Return n steps of equal length in sqrt(t), finer near the data.
+
+    Song, Meng & Ermon 2021 (arXiv 2010.02502), appendix D.2.
+    """
     low, high = _ends(process, n, t_min, t_max)
     return _pin((high**0.5 + (low**0.5 - high**0.5) * _fractions(n)) ** 2, low, high)
 
@@ -105,10 +109,10 @@ def stratified(key: Key, process: Process, index: Array, total: int, *, t_min=No
 
 
 def importance(key: Key, process: Process, index: Array, total: int, *, t_min=None, t_max=None) -> tuple[Array, Array]:
-    """Draw stratified t with density proportional to g^2/sigma^2, that is uniform in log-SNR (arguments as in `uniform`).
+    """Draw stratified t with density proportional to g^2/sigma^2, i.e. uniform in log-SNR (arguments as in `uniform`).
 
-    The variance-reduced times for likelihood weighting of Song et al. 2021 (arXiv 2101.09258), section 4.2: g^2/sigma^2 =
-    -d log-SNR/dt, so the importance-weighted likelihood loss is the eps error with a constant weight.
+    The variance-reduced times for likelihood weighting of Song et al. 2021 (arXiv 2101.09258), section 4.2: g^2/sigma^2
+    = -d log-SNR/dt, so the importance-weighted likelihood loss is the eps error with a constant weight.
     """
     low, high = _ends(process, 1, t_min, t_max)
     most, least = _log_snr_ends(process, low, high)

@@ -1,0 +1,135 @@
+"""Denoising losses for every prediction kind, and their weightings.
+
+A weighting is a function (process, t, predict) -> (batch,) that multiplies the event-mean squared error of the
+predicted kind. With e the error of x_0, the error of the kind (a, b) is -(det/sigma) e, det = alpha b - sigma a; each
+weighting below but `unit` is defined once, as lambda(t) |e|^2, and divided by (det/sigma)^2, so it is the same loss for
+every kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from jdiff._array import batch_time, call, check_array, example_keys, expand, mean_event, normal_like
+from jdiff._typing import Array, Field, Key, Kind, Process
+from jdiff.predictions import check_kind, coefficients
+from jdiff.processes import perturb, rates
+
+__all__ = ["Weighting", "denoising", "edm", "likelihood", "min_snr", "sigma2", "snr", "unit"]
+
+Weighting = Callable[[Process, Array, Kind], Array]
+
+
+def unit(process: Process, t: Array, predict: Kind) -> Array:
+    """Return 1: the plain squared error of the predicted kind (flow matching for velocity, DDPM for eps)."""
+    check_kind(predict)
+    return jnp.ones_like(t)
+
+
+def snr(process: Process, t: Array, predict: Kind) -> Array:
+    """Return the weight of SNR |x_0 error|^2 = |eps error|^2: alpha^2 / det^2.
+
+    Ho et al. 2020 (arXiv 2006.11239), eq. 14, for any predicted kind.
+    """
+    alpha, _ = process.marginal(t)
+    return (alpha / _det(process, t, predict)) ** 2
+
+
+sigma2 = snr
+"""sigma^2 |score error|^2 (Song et al. 2021, arXiv 2011.13456, section 3.3), which is the eps error of `snr`."""
+
+
+def likelihood(process: Process, t: Array, predict: Kind) -> Array:
+    """Return the weight of g^2 |score error|^2, whose time integral bounds the KL divergence from the data.
+
+    Song et al. 2021 (arXiv 2101.09258), theorem 1. For eps it is g^2/sigma^2; finite for x0, v and velocity where alpha
+    = 0.
+    """
+    alpha, sigma, dalpha, dsigma = rates(process, t)
+    return 2 * alpha * (alpha * dsigma - sigma * dalpha) / (sigma * _det(process, t, predict) ** 2)
+
+
+def min_snr(gamma: float = 5.0) -> Weighting:
+    """Return the weighting min(SNR, gamma) |x_0 error|^2 (Hang et al. 2023, arXiv 2303.09556, eq. 8).
+
+    Raises:
+      ValueError: gamma <= 0.
+    """
+    if gamma <= 0:
+        raise ValueError(f"gamma must be positive, got {gamma}")
+
+    def weight(process, t, predict):
+        alpha, sigma = process.marginal(t)
+        return jnp.minimum(alpha**2, gamma * sigma**2) / _det(process, t, predict) ** 2
+
+    return weight
+
+
+def edm(sigma_data: float = 0.5) -> Weighting:
+    """Return the weighting (s^2 + d^2) / (s d)^2 |x_0 error|^2 with s = sigma/alpha, d = sigma_data.
+
+    Karras et al. 2022 (arXiv 2206.00364), table 1.
+
+    Raises:
+      ValueError: sigma_data <= 0.
+    """
+    if sigma_data <= 0:
+        raise ValueError(f"sigma_data must be positive, got {sigma_data}")
+
+    def weight(process, t, predict):
+        alpha, sigma = process.marginal(t)
+        return (sigma**2 + (alpha * sigma_data) ** 2) / (sigma_data * _det(process, t, predict)) ** 2
+
+    return weight
+
+
+def denoising(
+    keys: Key,
+    field: Field,
+    process: Process,
+    x0: Array,
+    t: Array,
+    *,
+    predict: Kind,
+    weight: Weighting = unit,
+) -> Array:
+    """Return weight(t) mean_event |field(x_t, t) - target|^2 for each example, x_t = alpha x_0 + sigma eps.
+
+    Denoising score matching (Vincent 2011; Song et al. 2021, arXiv 2011.13456, eq. 7), noise or data prediction, v
+    prediction and flow matching are the five values of `predict`. The caller draws t (see `jdiff.times`), averages and
+    masks.
+
+    Args:
+      keys: one key per example, shape (batch,), or one key; eps_i is drawn from key i alone.
+      field: (x, t) -> prediction.
+      process: the forward process.
+      x0: data in model space, shape (batch, *event).
+      t: times, scalar or (batch,).
+      predict: kind of the field.
+      weight: the weighting.
+
+    Returns:
+      Losses, shape (batch,).
+
+    Raises:
+      ValueError: unknown kind, shapes that disagree.
+      TypeError: x0 not floating point, keys not typed threefry keys.
+    """
+    check_kind(predict)
+    batch = check_array(x0, "x0")
+    t = batch_time(t, x0)
+    eps = normal_like(example_keys(keys, batch), x0)
+    a, b = coefficients(process, t, predict)
+    target = expand(a, x0) * x0 + expand(b, x0) * eps
+    out = call(field, perturb(process, x0, eps, t), t)
+    if out.shape != x0.shape:
+        raise ValueError(f"the field must return the shape of x, {x0.shape}; got {out.shape}")
+    return weight(process, t, predict) * mean_event((out - target) ** 2).astype(t.dtype)
+
+
+def _det(process, t, predict):
+    alpha, sigma = process.marginal(t)
+    a, b = coefficients(process, t, predict)
+    return alpha * b - sigma * a

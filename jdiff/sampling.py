@@ -1,0 +1,55 @@
+"""Sampling: a prior draw, a solver over a grid, and one optional last denoising step."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from jdiff._array import call, check_grid, example_keys, fold_in
+from jdiff._typing import Array, Field, Key, Process
+from jdiff.processes import prior_sample
+from jdiff.solvers.base import Solver, integrate
+
+__all__ = ["sample"]
+
+
+def sample(
+    key: Key,
+    process: Process,
+    solver: Solver,
+    shape: tuple[int, ...],
+    ts: Array,
+    *,
+    denoise: Field | None = None,
+    path: bool = False,
+) -> tuple[Array, Array] | Array:
+    """Draw samples: x ~ prior at ts[0], then the solver down to ts[-1].
+
+    Sample i depends on its key (and the fields) alone: not on the batch size, its batch mates or the mapping over
+    devices.
+
+    Args:
+      key: one key, or one per example, shape (batch,).
+      process: the forward process.
+      solver: any solver, built from the process and a field.
+      shape: (batch, *event).
+      ts: decreasing times, for example from `jdiff.times`; its dtype is that of the samples.
+      denoise: an x0-field evaluated once at ts[-1], in place of the noise that is left there.
+      path: also return the states at all of ts (before the denoising).
+
+    Returns:
+      Samples of the given shape, or (samples, path) with path of shape (len(ts), *shape).
+
+    Raises:
+      ValueError: a grid that does not decrease, a shape without a batch, keys of another number.
+      TypeError: keys that are not typed threefry keys.
+    """
+    check_grid(ts, decreasing=True)
+    if len(shape) < 1 or shape[0] < 1:
+        raise ValueError(f"shape must be (batch, *event) with batch >= 1, got {tuple(shape)}")
+    ts = jnp.asarray(ts)
+    keys = example_keys(key, shape[0])
+    x = prior_sample(fold_in(keys, 0), process, shape, ts.dtype)
+    x, states = integrate(fold_in(keys, 1), solver, x, ts, path=path)
+    if denoise is not None:
+        x = call(denoise, x, ts[-1])
+    return (x, states) if path else x

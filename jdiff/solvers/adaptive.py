@@ -1,0 +1,198 @@
+"""Adaptive Runge-Kutta integration on the device, with one step size and one error norm per example."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jdiff._array import batch_time, call, check_state, expand, full_like_batch, is_concrete, lincomb, mean_event
+from jdiff._typing import Array, PyTree
+from jdiff.sde import SDE
+from jdiff.solvers.ode import check_ode, stages
+from jdiff.solvers.tableaus import BOGACKI_SHAMPINE, DORMAND_PRINCE, TSITOURAS, Tableau
+
+__all__ = ["BOGACKI_SHAMPINE", "DORMAND_PRINCE", "TSITOURAS", "Solution", "integrate_adaptive"]
+
+# Proportional-integral step control, Gustafsson 1991 (ACM TOMS 17(4)); exponents over the order of the error estimate.
+_PROPORTIONAL, _INTEGRAL = 0.7, 0.4
+_SAFETY, _SHRINK, _GROW = 0.9, 0.2, 10.0
+
+
+class Solution(NamedTuple):
+    """Result of an adaptive solve; statistics have shape (batch,)."""
+
+    x: PyTree
+    """State at t1; where `failed`, the last accepted state."""
+    evaluations: Array
+    """Evaluations of the drift, int32."""
+    accepted: Array
+    """Accepted steps, int32."""
+    failed: Array
+    """True where t1 was not reached: too many steps, a step below the resolution of t, or a non-finite drift."""
+
+
+class _Carry(NamedTuple):
+    x: PyTree
+    slope: PyTree
+    t: Array
+    h: Array
+    error: Array
+    evaluations: Array
+    accepted: Array
+    active: Array
+    failed: Array
+
+
+def integrate_adaptive(
+    ode: SDE,
+    x: PyTree,
+    t0: Array | float,
+    t1: Array | float,
+    *,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    tableau: Tableau = DORMAND_PRINCE,
+    max_steps: int = 4096,
+    axis_name: str | None = None,
+) -> Solution:
+    """Integrate an ODE from t0 to t1, in either direction, with a step size for each example of the batch.
+
+    A step is accepted where the error norm is at most 1; the norm of an example is the largest, over the arrays of its
+    state, of RMS(error / (atol + rtol max(|x|, |x_new|))). An example's result therefore does not depend on its batch
+    mates. All examples advance in one `while_loop`, which ends with the slowest; examples that are done are held.
+
+    Forward-mode derivatives hold the step sizes constant; reverse mode needs a fixed grid (`integrate`) or an adjoint
+    (`to_diffrax`).
+
+    Args:
+      ode: drift only.
+      x: state at t0, arrays of shape (batch, *event).
+      t0: start, scalar or (batch,).
+      t1: end, scalar or (batch,).
+      rtol: relative tolerance.
+      atol: absolute tolerance.
+      tableau: a pair with an error estimate (BOGACKI_SHAMPINE, DORMAND_PRINCE, TSITOURAS).
+      max_steps: cap on the steps of one example, accepted and rejected; reaching it sets `failed`.
+      axis_name: inside shard_map or pmap, for a drift that itself communicates: all devices then do the same number of
+        iterations.
+
+    Returns:
+      Solution(x, evaluations, accepted, failed).
+
+    Raises:
+      ValueError: tolerances or max_steps not positive, an ODE with a diffusion, a tableau without an error estimate, t0
+        = t1.
+      TypeError: x is not floating point.
+    """
+    check_state(x)
+    check_ode(ode)
+    check_tolerances(rtol, atol)
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    if tableau.error is None or not tableau.fsal:
+        raise ValueError("the tableau must have an error estimate and its last stage first in the next step (fsal)")
+    t0, t1 = batch_time(t0, x), batch_time(t1, x)
+    if is_concrete(t0) and is_concrete(t1) and bool((t0 == t1).any()):
+        raise ValueError("t0 and t1 must differ")
+    # Adding a zero of x makes every carry vary over devices as x does, which shard_map checks.
+    zero = full_like_batch(x, 0)
+    t0, t1 = t0 + zero, t1 + zero
+    direction = jnp.sign(t1 - t0)
+    exponent = 1 / tableau.order
+
+    def norm(error, x, x_new):
+        def leaf(e, a, b):
+            scale = atol + rtol * jnp.maximum(jnp.abs(a), jnp.abs(b))
+            return jnp.sqrt(mean_event((e / scale).astype(t0.dtype) ** 2))
+
+        ratios = [leaf(*leaves) for leaves in zip(*(jax.tree.leaves(tree) for tree in (error, x, x_new)))]
+        largest = jax.lax.stop_gradient(jnp.max(jnp.stack(ratios), axis=0))
+        # A non-finite stage is an error too large to accept, not a NaN to carry.
+        return jnp.where(jnp.isfinite(largest), largest, jnp.inf)
+
+    slope = call(ode.drift, x, t0)
+    h, evaluations = _first_step(ode, tableau, norm, x, slope, t0, t1, direction)
+    counter = zero.astype(jnp.int32)
+
+    def any_active(carry):
+        anyone = jnp.any(carry.active)
+        return anyone if axis_name is None else jax.lax.pmax(anyone.astype(jnp.int32), axis_name) > 0
+
+    def body(carry):
+        remaining = t1 - carry.t
+        # Take the end exactly, and do not leave a sliver behind it.
+        last = jnp.abs(remaining) <= 1.01 * jnp.abs(carry.h)
+        h = jnp.where(carry.active, jnp.where(last, remaining, carry.h), 0)
+        slopes = stages(ode.drift, tableau, carry.x, carry.t, h, carry.slope)
+        x_new = lincomb((1.0, carry.x), *((h * b, k) for b, k in zip(tableau.b, slopes) if b != 0))
+        error = norm(lincomb(*((h * e, k) for e, k in zip(tableau.error, slopes) if e != 0)), carry.x, x_new)
+        accept = carry.active & (error <= 1)
+        safe = jnp.clip(error, 1e-8, 1e8)
+        factor = _SAFETY * safe ** (-_PROPORTIONAL * exponent) * carry.error ** (_INTEGRAL * exponent)
+        # After a rejection the integral term speaks of another step: use the error alone, and never grow.
+        factor = jnp.where(
+            accept, jnp.clip(factor, _SHRINK, _GROW), jnp.clip(_SAFETY * safe**-exponent, _SHRINK, _SAFETY)
+        )
+        h_next = jax.lax.stop_gradient(h * factor)
+        t_new = jnp.where(accept, jnp.where(last, t1, carry.t + h), carry.t)
+        resolution = 4 * jnp.finfo(t0.dtype).eps * jnp.maximum(jnp.abs(carry.t), jnp.finfo(t0.dtype).tiny)
+        steps = carry.evaluations
+        evaluations = steps + jnp.where(carry.active, len(tableau.b) - 1, 0)
+        stuck = carry.active & ~accept & (jnp.abs(h_next) < resolution)
+        full = evaluations >= first_evaluations + (len(tableau.b) - 1) * max_steps
+        arrived = accept & last
+        failed = carry.failed | stuck | (carry.active & full & ~arrived)
+        return _Carry(
+            x=_select(accept, x_new, carry.x),
+            slope=_select(accept, slopes[-1], carry.slope),
+            t=t_new,
+            h=jnp.where(carry.active, h_next, carry.h),
+            error=jnp.where(accept, jax.lax.stop_gradient(jnp.maximum(safe, 1e-4)), carry.error),
+            evaluations=evaluations,
+            accepted=carry.accepted + accept.astype(jnp.int32),
+            active=carry.active & ~arrived & ~failed,
+            failed=failed,
+        )
+
+    first_evaluations = evaluations
+    start = _Carry(
+        x=x,
+        slope=slope,
+        t=t0,
+        h=h,
+        error=jnp.ones_like(t0),
+        evaluations=counter + evaluations,
+        accepted=counter,
+        active=counter == 0,
+        failed=counter != 0,
+    )
+    end = jax.lax.while_loop(any_active, body, start)
+    return Solution(end.x, end.evaluations, end.accepted, end.failed)
+
+
+def check_tolerances(rtol: float, atol: float) -> None:
+    """Raise ValueError unless both tolerances, where their values are known, are positive and finite."""
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if is_concrete(value) and not 0 < float(value) < float("inf"):
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def _first_step(ode, tableau, norm, x, slope, t0, t1, direction):
+    """Return a first step per example and the evaluations spent (Hairer, Norsett & Wanner 1993, section II.4)."""
+    zeros = jax.tree.map(jnp.zeros_like, x)
+    size, speed = norm(x, x, zeros), norm(slope, x, zeros)
+    small = (size < 1e-5) | (speed < 1e-5) | ~jnp.isfinite(speed)
+    h0 = jnp.minimum(jnp.where(small, 1e-6, 0.01 * size / jnp.where(small, 1, speed)), jnp.abs(t1 - t0))
+    ahead = call(ode.drift, lincomb((1.0, x), (h0 * direction, slope)), t0 + h0 * direction)
+    bend = norm(lincomb((1.0, ahead), (-1.0, slope)), x, zeros) / h0
+    largest = jnp.maximum(speed, bend)
+    flat = (largest <= 1e-15) | ~jnp.isfinite(largest)
+    h1 = jnp.where(flat, jnp.maximum(1e-6, h0 * 1e-3), (0.01 / jnp.where(flat, 1, largest)) ** (1 / tableau.order))
+    h = jnp.minimum(jnp.minimum(100 * h0, h1), jnp.abs(t1 - t0))
+    return jax.lax.stop_gradient(h * direction), 2
+
+
+def _select(where, new, old):
+    return jax.tree.map(lambda a, b: jnp.where(expand(where, a).astype(bool), a, b), new, old)
