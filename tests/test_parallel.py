@@ -1,0 +1,276 @@
+"""Three mappings, any number of devices, one or two processes: one result."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jdiff import parallel, training
+
+BATCH, DIM, STEPS = 16, 5, 4
+KEY = jax.random.key(3)
+TRANSFORMS = {"sgd": (optax.sgd(0.1), 1e-6), "adam": (training.adam(1e-2, clip=1.0), 1e-5)}
+
+
+def loss_fn(params, keys, batch):
+    """A small denoising loss: noise, times and dropout all come from the example's key."""
+
+    def one(key, x):
+        key_noise, key_time, key_drop = jax.random.split(key, 3)
+        eps = jax.random.normal(key_noise, x.shape)
+        t = jax.random.uniform(key_time)
+        hidden = jnp.tanh((x + t * eps) @ params["w1"] + params["b1"])
+        hidden = jnp.where(jax.random.bernoulli(key_drop, 0.8, hidden.shape), hidden, 0.0)
+        return jnp.mean((hidden @ params["w2"] - eps) ** 2), t
+
+    loss, t = jax.vmap(one)(keys, batch["x"])
+    return loss, {"t": t, "constant": jnp.float32(2.5)}
+
+
+def start():
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32) / 2)
+    return {"w1": draw(DIM, 8), "b1": draw(8), "w2": draw(8, DIM)}
+
+
+def batches():
+    rng = np.random.default_rng(2)
+    for _ in range(STEPS):
+        yield {"x": rng.normal(size=(BATCH, DIM)).astype(np.float32), "index": np.arange(BATCH)}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The unmapped step on one device."""
+    results = {}
+    for name, (tx, _) in TRANSFORMS.items():
+        step = jax.jit(training.make_train_step(loss_fn, tx, ema_decay=0.99))
+        state, losses = training.init_state(start(), tx), []
+        for batch in batches():
+            state, metrics = step(state, KEY, batch)
+            losses.append(metrics)
+        results[name] = state, losses
+    return results
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("how", ["jit", "shard_map", "pmap"])
+def test_one_result(how, devices, name, reference):
+    tx, tolerance = TRANSFORMS[name]
+    traces = []
+
+    def counted(params, keys, batch):
+        traces.append(keys.shape)
+        return loss_fn(params, keys, batch)
+
+    mesh = parallel.data_mesh(jax.devices()[:devices])
+    step = parallel.data_parallel(counted, tx, mesh, how, ema_decay=0.99)
+    state = parallel.replicate(training.init_state(start(), tx), mesh)
+    expected, expected_metrics = reference[name]
+    for batch, expected_metric in zip(batches(), expected_metrics, strict=True):
+        old = state
+        state, metrics = step(state, KEY, parallel.shard_batch(batch, mesh))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+        assert metrics.keys() == expected_metric.keys()
+        for metric in metrics:
+            np.testing.assert_allclose(metrics[metric], expected_metric[metric], rtol=tolerance, atol=tolerance)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), state, expected)
+    assert state.params["w1"].sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec()), 2)
+    assert step._cache_size() == 1
+    assert traces == [(BATCH if how == "jit" else BATCH // devices,)]
+
+
+def test_the_old_state_can_be_kept(reference):
+    tx = TRANSFORMS["sgd"][0]
+    mesh = parallel.data_mesh(jax.devices()[:2])
+    step = parallel.data_parallel(loss_fn, tx, mesh, ema_decay=0.99, donate=False)
+    state = training.init_state(start(), tx)
+    new, _ = step(state, KEY, next(batches()))  # NumPy batch, state on no particular device
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((state, new)))
+
+
+@pytest.mark.parametrize("how", ["jit", "shard_map", "pmap"])
+def test_gradients_are_what_devices_exchange(how):
+    """All-reduces in the compiled step carry the gradients once and scalars, and nothing is gathered."""
+    tx = TRANSFORMS["sgd"][0]
+    mesh = parallel.data_mesh()
+    step = parallel.data_parallel(loss_fn, tx, mesh, how, ema_decay=0.99)
+    state, batch = training.init_state(start(), tx), next(batches())
+    text = step.lower(state, KEY, batch).compile().as_text()
+    assert "all-reduce" in text
+    assert not any(name in text for name in ("all-gather", "all-to-all", "reduce-scatter", 'custom_call_target="xla_'))
+
+
+def test_placing():
+    mesh = parallel.data_mesh(jax.devices()[:4])
+    assert mesh.shape == {"data": 4}
+    assert parallel.data_mesh().size == 8
+    source = {"a": jnp.arange(3.0), "key": KEY}
+    placed = parallel.replicate(source, mesh)
+    assert len(placed["a"].addressable_shards) == 4
+    assert all(shard.data.shape == (3,) for shard in placed["a"].addressable_shards)
+    jax.tree.map(lambda leaf: leaf.delete(), placed)
+    np.testing.assert_array_equal(source["a"], [0, 1, 2])  # donating the copies would leave the source alone
+    host = np.arange(64.0, dtype=np.float32)
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    step(parallel.replicate(host, mesh)).block_until_ready()
+    np.testing.assert_array_equal(host, np.arange(64.0))
+
+    batch = parallel.shard_batch({"x": np.arange(16.0).reshape(8, 2), "index": np.arange(8)}, mesh)
+    for n, shard in enumerate(batch["index"].addressable_shards):
+        np.testing.assert_array_equal(shard.data, [2 * n, 2 * n + 1])
+    assert batch["x"].shape == (8, 2)
+
+
+def test_bad_input_is_named():
+    mesh = parallel.data_mesh(jax.devices()[:4])
+    with pytest.raises(ValueError, match="6 rows does not split over 4"):
+        parallel.shard_batch({"x": np.zeros((6, 2)), "index": np.arange(6)}, mesh)
+    with pytest.raises(ValueError, match=r"same leading axis, got .*'x'.*: \(8,\)"):
+        parallel.shard_batch({"x": np.zeros((8, 2)), "index": np.arange(4)}, mesh)
+    with pytest.raises(ValueError, match="same leading axis"):
+        parallel.shard_batch({"x": np.float32(1)}, mesh)
+    with pytest.raises(ValueError, match="0 rows"):
+        parallel.shard_batch({"x": np.zeros((0, 2))}, mesh)
+    with pytest.raises(ValueError, match="'jit', 'shard_map' or 'pmap', got 'vmap'"):
+        parallel.data_parallel(loss_fn, optax.sgd(1.0), mesh, "vmap", ema_decay=0.9)
+    with pytest.raises(ValueError, match="must not be empty"):
+        parallel.data_mesh([])
+    square = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with pytest.raises(ValueError, match="one mesh axis"):
+        parallel.data_parallel(loss_fn, optax.sgd(1.0), square, "pmap", ema_decay=0.9)
+
+
+@pytest.mark.parametrize("how", ["jit", "shard_map"])
+def test_a_batch_may_be_split_over_two_axes(how, reference):
+    tx, tolerance = TRANSFORMS["sgd"]
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    step = parallel.data_parallel(loss_fn, tx, mesh, how, ema_decay=0.99)
+    state = parallel.replicate(training.init_state(start(), tx), mesh)
+    for batch in batches():
+        state, _ = step(state, KEY, parallel.shard_batch(batch, mesh))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), state, reference["sgd"][0])
+
+
+SLURM = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
+FLAGS = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("env", "arguments", "expected"),
+    [
+        ({}, {}, None),
+        ({}, {"processes": 1}, None),
+        ({**SLURM, "SLURM_NTASKS": "1"}, {}, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, {}, None),
+        ({}, {"coordinator": "h:1", "processes": 2, "index": 1}, ("h:1", 2, 1, "deactivate")),
+        (FLAGS, {}, ("h:1", 2, 0, "deactivate")),
+        (FLAGS, {"index": 1}, ("h:1", 2, 1, "deactivate")),
+        (SLURM, {}, (None, None, None, None)),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, {}, (None, None, None, None)),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, {}, (None, None, None, None)),
+        ({}, {"detect": True}, (None, None, None, None)),
+        ({}, {"coordinator": "h:1"}, "processes, index missing"),
+        ({}, {"coordinator": "h:1", "processes": 2, "index": 2}, r"index must lie in \[0, processes\)"),
+        ({}, {"processes": 0}, "at least 1"),
+        ({**FLAGS, "JAX_PROCESS_ID": "x"}, {}, "JAX_PROCESS_ID must be an integer, got 'x'"),
+    ],
+)
+def test_start_processes(monkeypatch, env, arguments, expected):
+    for name in (*SLURM, *FLAGS, "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: calls.append(options))
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            parallel.start_processes(**arguments)
+        assert calls == []
+        return
+    parallel.start_processes(**arguments, timeout=9, heartbeat=8)
+    names = ("coordinator_address", "num_processes", "process_id", "cluster_detection_method")
+    assert [tuple(call[name] for name in names) for call in calls] == ([] if expected is None else [expected])
+    assert all((call["initialization_timeout"], call["heartbeat_timeout_seconds"]) == (9, 8) for call in calls)
+
+
+PROCESS = """
+import sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+from jdiff import checkpoint, parallel, training
+parallel.start_processes(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
+import numpy as np
+sys.path.insert(0, sys.argv[4])
+import test_parallel as this
+
+tx = this.TRANSFORMS["sgd"][0]
+mesh = parallel.data_mesh()
+assert mesh.size == 4 and jax.process_count() == 2
+state = parallel.replicate(training.init_state(this.start(), tx), mesh)
+step = parallel.data_parallel(this.loss_fn, tx, mesh, sys.argv[5], ema_decay=0.99)
+manager = checkpoint.open_manager(sys.argv[3], keep=2, every=1)
+mine = slice(jax.process_index(), None, 2)  # every other example of the global batch, as a sharded input pipeline reads
+for n, batch in enumerate(this.batches()):
+    batch = parallel.shard_batch({name: leaf[mine] for name, leaf in batch.items()}, mesh)
+    state, metrics = jax.block_until_ready(step(state, this.KEY, batch))
+    if n == 1:
+        checkpoint.save(manager, n + 1, {**state._asdict(), "data": {"next": n + 1}})
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        restored = checkpoint.restore(manager, {**state._asdict(), "data": None}, whole)
+        assert restored.pop("data") == {"next": 2}
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), training.TrainState(**restored), state)
+        state = training.TrainState(**restored)
+try:
+    checkpoint.save(manager, 9, {"data": jax.process_index()})
+    raise SystemExit("different data in two processes were accepted")
+except ValueError as error:
+    assert "same in every process" in str(error), error
+checkpoint.save(manager, n + 1, state._asdict())
+manager.close()
+print("loss", float(metrics["loss"]))
+jax.distributed.shutdown()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["jit", "shard_map"])
+def test_two_processes(tmp_path, reference, how):
+    """Two processes of two devices train, save, restore and save; this process restores on its own eight."""
+    from jdiff import checkpoint
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    here = pathlib.Path(__file__).parent
+    env = {**os.environ, "PYTHONPATH": str(here.parent), "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", PROCESS, address]
+    arguments = [str(tmp_path / "steps"), str(here), how]
+    processes = [
+        subprocess.Popen(
+            [*command, str(n), *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for n in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=180) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # SIGTERM is a notice of pre-emption to jax.distributed
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    state, metrics = reference["sgd"]
+    for out, _ in outputs:
+        np.testing.assert_allclose(float(out.split("loss ")[1].split()[0]), metrics[-1]["loss"], rtol=1e-6)
+    with checkpoint.open_manager(tmp_path / "steps", read_only=True) as manager:
+        restored = training.TrainState(**checkpoint.restore(manager, state._asdict()))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), restored, state)
