@@ -54,7 +54,8 @@ def reverse(
     """Return the family of SDEs, run with decreasing t, that share the process's marginals.
 
     drift = velocity - w^2/2 score, diffusion = w. Any w(t) >= 0 keeps the marginals. The default is w = eta g: eta = 1
-    is the reverse SDE of Anderson 1982 (Song et al. 2021, arXiv 2011.13456, eq. 6), eta = 0 the probability flow (eq. 13).
+    is the reverse SDE of Anderson 1982 (Song et al. 2021, arXiv 2011.13456, eq. 6), eta = 0 the probability flow (eq.
+    13).
     Where alpha(t_max) = 0 (Rectified, Cosine) g is infinite there, and the default is w = eta sigma; a field of kind
     x0, v or velocity may then start at t_max itself, eps and score (which say nothing about x_0 there) must start
     below.
@@ -111,7 +112,7 @@ def probability_flow(process: Process, field: Field, *, predict: Kind = "score")
 def reverse_sde(sde: SDE, score: Field, *, eta: Array | float = 1.0) -> SDE:
     """Return the reverse of a user's own SDE, given the score of its marginals.
 
-    drift = f - (1 + eta^2)/2 (div(g^2) + g^2 score), diffusion = eta g; Song et al. 2021 (arXiv 2011.13456), eqs. 16, 37.
+    drift = f - (1 + eta^2)/2 (div(g^2) + g^2 score), diffusion = eta g; Song et al. 2021 (arXiv 2011.13456), eq. 37.
     g may depend on t and, component by component, on x: g_i(x_i, t), as in geometric Brownian motion (div(g^2) is then
     one jvp). A g_i that depends on other components is outside of this formula.
 

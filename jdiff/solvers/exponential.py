@@ -23,8 +23,8 @@ def ddim(process: Process, denoise: Field, eta: Array | float = 0.0, *, noise: N
     Song, Meng & Ermon 2021 (arXiv 2010.02502), eqs. 12 and 16:
 
     x_s = alpha_s x_0 + sqrt(sigma_s^2 - w^2) eps + w z, w = eta sigma_s sqrt(1 - SNR_t / SNR_s). eta = 0 is the
-    exponential Euler method of the probability flow, in either direction of time; eta = 1 is ancestral sampling with small
-    variance. On any process; at alpha_t = 0 (the start of Rectified and Cosine) as well.
+    exponential Euler method of the probability flow, in either direction of time; eta = 1 is ancestral sampling with
+    small variance. On any process; at alpha_t = 0 (the start of Rectified and Cosine) as well.
 
     Args:
       process: the forward process.

@@ -42,7 +42,7 @@ def ancestral(
     """Return ancestral sampling x_s ~ q(x_s | x_t, x_0 = denoise(x_t, t)), s < t. Weak order 1, one evaluation a step.
 
     With r = alpha_t sigma_s / (alpha_s sigma_t) (so r^2 = SNR_t / SNR_s), the mean is (sigma_s/sigma_t) r x_t + alpha_s
-    (1 - r^2) x_0 and the variance sigma_s^2 (1 - r^2) ("small", the posterior's) or sigma_t^2 (1 - r^2) ("large", that of
+    (1 - r^2) x_0 and the variance sigma_s^2 (1 - r^2) ("small", the posterior's) or sigma_t^2 (1 - r^2) ("large", of
     q(x_t | x_s)). Ho et al. 2020 (arXiv 2006.11239), eqs. 6, 7 and section 3.2, in continuous time on any process.
 
     Args:
