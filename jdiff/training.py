@@ -71,6 +71,14 @@ def example_keys(key: jax.Array, step: jax.Array | int, index: jax.Array) -> jax
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), index)
 
 
+def shared_key(key: jax.Array, step: jax.Array | int) -> jax.Array:
+    """One key for the whole global batch of a step, the same on every device: for stratified times and the like.
+
+    `fold_in(fold_in(key, step), 2^32 - 1)`: no example has that index, so it is none of `example_keys`.
+    """
+    return jax.random.fold_in(jax.random.fold_in(key, step), jnp.uint32(2**32 - 1))
+
+
 def make_train_step(
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
@@ -95,7 +103,8 @@ def make_train_step(
 
     Args:
         loss_fn: (params, keys, batch) -> (per-example loss (batch,), metrics); keys (batch,), metrics a dict of
-            per-example or scalar values, averaged over the global batch. The network's compute dtype is its own matter.
+            per-example or scalar values, averaged over the global batch. The batch has one more entry here,
+            `batch["key"]`: the step's `shared_key`. The network's compute dtype is its own matter.
         tx: an optax transformation.
         ema_decay: in [0, 1).
         ema_warmup: lower the decay during the first updates.
@@ -120,6 +129,7 @@ def make_train_step(
                 f"got {sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__}"
             )
         keys = example_keys(key, state.step, batch["index"])
+        batch = {**batch, "key": shared_key(key, state.step)}
 
         def mean_loss(params):
             loss, metrics = loss_fn(params, keys, batch)
