@@ -1,4 +1,4 @@
-"""Layers of the image networks, NHWC: group normalisation, residual block, self-attention, resampling by two."""
+"""Layers of the image networks, NHWC: convolution, residual block, self-attention, resampling by two."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from jdiff._typing import Array
 from jdiff.nn.conditioning import initializer
+from jdiff.nn.normalisation import GroupNorm, at_least_float32
 
 _SQRT_HALF = 0.5**0.5
 
@@ -27,15 +28,6 @@ def downsample(x: Array) -> Array:
 def conv(channels: int, *, size: int = 3, scale: float = 1.0, dtype=None, name: str | None = None) -> nn.Conv:
     """Convolution of stride 1 with zero padding that keeps height and width."""
     return nn.Conv(channels, (size, size), kernel_init=initializer(scale), dtype=dtype, name=name)
-
-
-def group_norm(channels: int, *, dtype=None, name: str | None = None) -> nn.GroupNorm:
-    """Group normalisation (Wu & He 2018, arXiv 1803.08494), eps 1e-6, statistics in at least float32.
-
-    There are min(channels // 4, 32) groups, or as many below that as divide `channels`.
-    """
-    groups = next(g for g in range(max(min(channels // 4, 32), 1), 0, -1) if channels % g == 0)
-    return nn.GroupNorm(num_groups=groups, epsilon=1e-6, dtype=dtype, name=name)
 
 
 class ResidualBlock(nn.Module):
@@ -65,13 +57,13 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: Array, emb: Array, *, train: bool = False) -> Array:
         """Map x `(batch, h, w, c)` and an activated embedding `(batch, width)` to `(batch, h', w', channels)`."""
         shortcut = self.resample is not None or x.shape[-1] != self.channels
-        h = nn.swish(group_norm(x.shape[-1], dtype=self.dtype, name="norm_0")(x))
+        h = nn.swish(GroupNorm(dtype=self.dtype, name="norm_0")(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = conv(self.channels, dtype=self.dtype, name="conv_0")(h)
         shift = nn.Dense(self.channels, kernel_init=initializer(), dtype=self.dtype, name="embed")(emb)
         h = h + shift[:, None, None, :]
-        h = nn.swish(group_norm(self.channels, dtype=self.dtype, name="norm_1")(h))
+        h = nn.swish(GroupNorm(dtype=self.dtype, name="norm_1")(h))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = conv(self.channels, scale=0.0, dtype=self.dtype, name="conv_1")(h)
         if shortcut:
@@ -101,11 +93,9 @@ class Attention(nn.Module):
         def project(name, scale):
             return nn.Dense(c, kernel_init=initializer(scale), dtype=self.dtype, name=name)
 
-        h = group_norm(c, dtype=self.dtype, name="norm")(x).reshape(b, height * width, c)
+        h = GroupNorm(dtype=self.dtype, name="norm")(x).reshape(b, height * width, c)
         query, key, value = (project(name, 0.1)(h) for name in ("query", "key", "value"))
-        logits = jnp.einsum("bic,bjc->bij", query * c**-0.5, key)
-        if jnp.finfo(logits.dtype).bits < 32:
-            logits = logits.astype(jnp.float32)
+        logits = at_least_float32(jnp.einsum("bic,bjc->bij", query * c**-0.5, key))
         weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
         h = project("out", 0.0)(jnp.einsum("bij,bjc->bic", weights, value)).reshape(x.shape)
         return (x + h) * _SQRT_HALF if self.rescale else x + h

@@ -8,6 +8,7 @@ import numpy as np
 from flax import linen as nn
 
 from jdiff._typing import Array
+from jdiff.nn.normalisation import at_least_float32
 
 SMOOTH_FREQUENCIES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 """Angular frequencies of the "smooth" embedding, in radians per unit of log-SNR."""
@@ -113,7 +114,7 @@ class Conditioning(nn.Module):
         _check_inputs(x, t, cond, self.num_classes)
         dtype = self.dtype or x.dtype
         # 999 t in bfloat16 has steps of 4: the features are never computed below float32.
-        level = self.noise_level(t if jnp.finfo(t.dtype).bits >= 32 else t.astype(jnp.float32))
+        level = self.noise_level(at_least_float32(t))
         if level.shape != t.shape:
             raise ValueError(f"noise_level must keep the shape {t.shape} of t, got {level.shape}")
         if self.embedding == "positional":

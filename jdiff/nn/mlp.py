@@ -8,10 +8,11 @@ from flax import linen as nn
 
 from jdiff._typing import Array
 from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning, initializer
+from jdiff.nn.normalisation import GroupNorm
 
 
-class MLP(nn.Module):
-    """Residual MLP on the flattened x; each block is scaled and shifted by the noise level and label (FiLM).
+class ResidualMLP(nn.Module):
+    """MLP on the flattened x; each block is scaled and shifted by the noise level and label (FiLM).
 
         h <- h + dense(dropout(swish(dense(swish((1 + scale) norm(h) + shift))))),   [scale, shift] = dense(emb)
 
@@ -78,9 +79,9 @@ class MLP(nn.Module):
         h = dense(self.width, "stem")(x.reshape(x.shape[0], size))
         for i in range(self.depth):
             scale, shift = jnp.split(dense(2 * self.width, f"block_{i}_film")(emb), 2, axis=-1)
-            y = nn.LayerNorm(use_bias=False, use_scale=False, dtype=dtype)(h) * (1 + scale) + shift
+            y = GroupNorm(1, affine=False, dtype=dtype)(h) * (1 + scale) + shift
             y = dense(self.width, f"block_{i}_dense_0")(nn.swish(y))
             y = nn.Dropout(self.dropout, deterministic=not train)(nn.swish(y))
             h = h + dense(self.width, f"block_{i}_dense_1", scale=0.0)(y)
-        h = nn.swish(nn.LayerNorm(dtype=dtype, name="head_norm")(h))
+        h = nn.swish(GroupNorm(1, dtype=dtype, name="head_norm")(h))
         return dense(size, "head", scale=0.0, dtype=x.dtype)(h).reshape(x.shape)

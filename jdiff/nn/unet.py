@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jdiff._typing import Array
-from jdiff.nn.blocks import Attention, ResidualBlock, conv, downsample, group_norm, upsample
+from jdiff.nn.blocks import Attention, ResidualBlock, conv, downsample, upsample
 from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning
+from jdiff.nn.normalisation import GroupNorm
 
 _SIZES = {
     "small": {"channels": 32, "multipliers": (1, 2, 2), "blocks": 1, "attention": (), "dropout": 0.0},
@@ -112,7 +113,7 @@ class UNet(nn.Module):
             if level > 0:
                 h = block(h.shape[-1], resample=upsample, name=f"up_{level}_resample")(h, emb, train=train)
 
-        h = nn.swish(group_norm(h.shape[-1], dtype=dtype, name="head_norm")(h))
+        h = nn.swish(GroupNorm(dtype=dtype, name="head_norm")(h))
         return conv(x.shape[-1], scale=0.0, dtype=x.dtype, name="head")(h)
 
 

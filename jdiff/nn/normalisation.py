@@ -1,0 +1,46 @@
+"""Group normalisation, with layer normalisation as its case of one group."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jdiff._typing import Array
+
+
+class GroupNorm(nn.Module):
+    """`scale (x - mean) / sqrt(var + 1e-6) + bias`, moments over all axes but the batch, by groups of channels.
+
+    Wu & He 2018 (arXiv 1803.08494). Statistics are in at least float32, the variance from centred values. (Linen's own
+    refuses bfloat16 and float64 where JAX's dtype promotion is strict.)
+
+    Attributes:
+        groups: number of groups, a divisor of the channels. None: min(channels // 4, 32), or the next below that does.
+        affine: have `scale` and `bias`, `(channels,)`.
+        dtype: of the result; None is x's.
+    """
+
+    groups: int | None = None
+    affine: bool = True
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Map `(batch, ..., channels)` to the same shape."""
+        channels = x.shape[-1]
+        groups = self.groups or next(g for g in range(max(min(channels // 4, 32), 1), 0, -1) if channels % g == 0)
+        wide = at_least_float32(x)
+        grouped = wide.reshape(x.shape[0], -1, groups, channels // groups)
+        centred = grouped - grouped.mean(axis=(1, 3), keepdims=True)
+        variance = jnp.square(centred).mean(axis=(1, 3), keepdims=True)
+        out = (centred / jnp.sqrt(variance + 1e-6)).reshape(x.shape)
+        if self.affine:
+            ones = (1,) * (x.ndim - 1)
+            scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+            bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+            out = out * scale.astype(out.dtype).reshape(*ones, channels)
+            out = out + bias.astype(out.dtype).reshape(*ones, channels)
+        return out.astype(self.dtype or x.dtype)
+
+
+def at_least_float32(x: Array) -> Array:
+    """Widen 16-bit floats to float32; leave float32 and float64 alone."""
+    return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
