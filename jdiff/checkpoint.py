@@ -113,11 +113,14 @@ def save(manager: Manager, step: int, items: Mapping[str, Any], *, force: bool =
     if manager.read_only:
         raise ValueError(f"{manager.directory} was opened read_only")
     preempted = manager.reached_preemption(step)
-    if (not (force or preempted) and step % manager.every) or step in manager.trusted:
+    if not (force or preempted) and step % manager.every:
+        return False
+    held = manager.all_steps()
+    if step in held and step in manager.trusted:
         return False
     if "step" in items and int(items["step"]) != step:
         raise ValueError(f'items["step"] is {int(items["step"])}, but the step to save is {step}')
-    newer = [other for other in manager.all_steps() if other >= step and other not in manager.damaged]
+    newer = [other for other in held if other >= step and other not in manager.damaged]
     if newer:
         raise ValueError(
             f"{manager.directory} already holds steps {newer}: "
@@ -136,9 +139,10 @@ def save(manager: Manager, step: int, items: Mapping[str, Any], *, force: bool =
     meta["sha256"] = _sha256(meta)
 
     # Found damaged by `restore`, and newer than what it fell back to: in the way of this branch of the run.
-    for damaged in sorted(manager.damaged & set(manager.all_steps())):
+    for damaged in sorted(manager.damaged.intersection(held)):
         manager.delete(damaged)
     manager.damaged.clear()
+    trees = {name: _stored(leaves) for name, leaves in trees.items()}
     args = {name: ocp.args.StandardSave(_nest(leaves)) for name, leaves in trees.items() if leaves}
     if "data" in texts:
         args["data"] = ocp.args.JsonSave(texts["data"])
@@ -218,7 +222,7 @@ def _restore_step(manager, step, like, sharding):
 
     restored: dict[str, Any] = {}
     for name, leaves in trees.items():
-        arrays = _read_arrays(manager, step, name, leaves, placements[name]) if leaves else {}
+        arrays = _read_arrays(manager, step, name, leaves, placements[name])
         saved, found = meta["items"][name]["leaves"], _describe(arrays)
         if wrong := [f"{name}/{path}" for path in found if found[path]["digest"] != saved[path]["digest"]]:
             raise _damaged(manager, step, name, f"the bits of {_some(wrong)} are not those that were saved")
@@ -231,7 +235,7 @@ def _restore_step(manager, step, like, sharding):
     if "meta" in like:
         restored["meta"] = _from_json(meta["meta"])
     place = _part(sharding, "step") or _own_place(like.get("step"))
-    restored["step"] = jnp.asarray(step, jnp.int32) if place is None else _put(np.asarray(step, np.int32), place)
+    restored["step"] = _put(np.asarray(step, np.int32), place)
     manager.trusted.add(step)
     return restored
 
@@ -264,10 +268,11 @@ def _read_arrays(manager, step, item, leaves, places):
             return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path])
 
-    targets = {path: target(path, leaf) for path, leaf in leaves.items()}
-    values = _read(manager, step, item, ocp.args.StandardRestore(_nest(targets)))
-    values = dict(zip(_nest_order(targets), jax.tree.leaves(values), strict=True))
-    return {path: jnp.array(values[path], copy=True) if places[path] is None else values[path] for path in leaves}
+    values = {path: np.zeros(leaf.shape, leaf.dtype) if not leaf.size else None for path, leaf in leaves.items()}
+    if targets := {path: target(path, leaf) for path, leaf in _stored(leaves).items()}:
+        read = _read(manager, step, item, ocp.args.StandardRestore(_nest(targets)))
+        values |= zip(_nest_order(targets), jax.tree.leaves(read), strict=True)
+    return {path: _put(value, places[path]) for path, value in values.items()}
 
 
 def _compare(where, meta, like, trees):
@@ -283,8 +288,9 @@ def _compare(where, meta, like, trees):
     if like.get("meta") is not None:
         fields = _from_json(_to_json("meta", like["meta"]))
         stored = _from_json(meta["meta"]) or {}
-        asked |= _fields("meta", fields)
-        found |= _fields("meta", {name: stored[name] for name in fields if name in stored})
+        for name in fields:
+            asked |= _fields(f"meta/{name}", fields[name])
+            found |= _fields(f"meta/{name}", stored[name]) if name in stored else {}
     differences = [
         f"{path}: saved {found.get(path, 'nothing')}, asked for {asked.get(path, 'nothing')}"
         for path in [*asked, *(path for path in found if path not in asked)]
@@ -303,14 +309,16 @@ def _fields(prefix, value):
 
 def _flatten(name, tree):
     """A tree as {"path/of/leaf": leaf}, in the order of its leaves."""
-    leaves = {}
+    leaves, names = {}, set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         text = jax.tree_util.keystr(path, simple=True, separator="/")
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
             raise TypeError(f"{name}/{text} must be a numeric array, got {dtype or type(leaf).__name__}")
-        if text in leaves:
+        # Orbax joins the parts by dots: {"a.b": x, "a": {"b": y}} would be one name.
+        if text.replace("/", ".") in names:
             raise ValueError(f"two leaves of {name} have the path {text!r}")
+        names.add(text.replace("/", "."))
         leaves[text] = leaf
     return leaves
 
@@ -325,6 +333,11 @@ def _nest(leaves):
             node = node.setdefault(part, {})
         node[last] = leaf
     return nested
+
+
+def _stored(leaves):
+    """Without arrays of no elements, which Orbax refuses: their shape and dtype in `meta` are all there is to them."""
+    return {path: leaf for path, leaf in leaves.items() if leaf.size}
 
 
 def _nest_order(leaves):
@@ -418,6 +431,11 @@ def _own_place(leaf):
 
 
 def _put(array, sharding):
+    """A NumPy array as one of JAX: where it shall be, or uncommitted; what is one already stays."""
+    if isinstance(array, jax.Array):
+        return array
+    if sharding is None:
+        return jnp.array(array, copy=True)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 

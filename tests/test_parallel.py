@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jdiff import parallel, training
 
-BATCH, DIM, STEPS = 16, 5, 4
+BATCH, DIM, HIDDEN, STEPS = 16, 5, 8, 4
 KEY = jax.random.key(3)
 TRANSFORMS = {"sgd": (optax.sgd(0.1), 1e-6), "adam": (training.adam(1e-2, clip=1.0), 1e-5)}
 
@@ -24,11 +24,9 @@ def loss_fn(params, keys, batch):
     """A small denoising loss: noise, times and dropout all come from the example's key."""
 
     def one(key, x):
-        key_noise, key_time, key_drop = jax.random.split(key, 3)
-        eps = jax.random.normal(key_noise, x.shape)
-        t = jax.random.uniform(key_time)
-        hidden = jnp.tanh((x + t * eps) @ params["w1"] + params["b1"])
-        hidden = jnp.where(jax.random.bernoulli(key_drop, 0.8, hidden.shape), hidden, 0.0)
+        draws = jax.random.normal(key, (DIM + 1 + HIDDEN,))  # one draw: compiling more of them is what costs
+        eps, t, drop = draws[:DIM], jax.nn.sigmoid(draws[DIM]), draws[DIM + 1 :] > 1
+        hidden = jnp.where(drop, 0.0, jnp.tanh((x + t * eps) @ params["w1"] + params["b1"]))
         return jnp.mean((hidden @ params["w2"] - eps) ** 2), t
 
     loss, t = jax.vmap(one)(keys, batch["x"])
@@ -38,7 +36,7 @@ def loss_fn(params, keys, batch):
 def start():
     rng = np.random.default_rng(1)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32) / 2)
-    return {"w1": draw(DIM, 8), "b1": draw(8), "w2": draw(8, DIM)}
+    return {"w1": draw(DIM, HIDDEN), "b1": draw(HIDDEN), "w2": draw(HIDDEN, DIM)}
 
 
 def batches():
