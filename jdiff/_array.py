@@ -97,8 +97,16 @@ def lincomb(*terms: tuple[Array | float, PyTree]) -> PyTree:
 
 
 def call(field: Field, x: PyTree, t: Array) -> PyTree:
-    """Call a field by the contract: t of shape (batch,) in x's dtype."""
-    return field(x, batch_time(t, x).astype(first_leaf(x).dtype))
+    """Call a field by the contract: t of shape (batch,) in x's dtype, a result like x.
+
+    Raises:
+      ValueError: the result has another structure or shape (one that only broadcasts would be wrong in silence).
+    """
+    out = field(x, batch_time(t, x).astype(first_leaf(x).dtype))
+    want, got = (([jnp.shape(leaf) for leaf in jax.tree.leaves(tree)], jax.tree.structure(tree)) for tree in (x, out))
+    if got != want:
+        raise ValueError(f"a field must return the shape of its x, {want[0]}; got {got[0]}, {got[1]}")
+    return out
 
 
 def sum_event(x: Array) -> Array:
@@ -173,8 +181,9 @@ def check_grid(ts: Array, *, decreasing: bool | None = None) -> None:
         raise ValueError(f"ts must be a vector of at least two times, got shape {jnp.shape(ts)}")
     if not is_concrete(ts):
         return
-    steps = np.diff(np.array(ts))
-    if not (np.all(steps > 0) or np.all(steps < 0)):
+    values = np.asarray(ts)
+    steps = np.diff(values)
+    if not np.all(np.isfinite(values)) or not (np.all(steps > 0) or np.all(steps < 0)):
         raise ValueError("ts must be strictly monotone and finite: repeated, reversed or non-finite times in it")
     if decreasing is not None and bool(steps[0] < 0) != decreasing:
         want, got = ("decrease", "increases") if decreasing else ("increase", "decreases")
