@@ -70,9 +70,10 @@ def test_examples_do_not_see_one_another(batch, labelled):
     np.testing.assert_allclose(field(params, x[order], t[order], cond[order]), alone[order], rtol=1e-5, atol=1e-5)
 
 
-def test_jvp_is_the_derivative(x64, batch, labelled):
+def test_jvp_is_the_derivative(x64, batch):
     x, t = (a.astype(jnp.float64) for a in batch[:2])
-    network, params, _ = labelled
+    network = tiny(multipliers=(1,), attention=())
+    params = nn_reference.filled_params(network, x, t)
     direction = jnp.asarray(np.random.RandomState(1).standard_normal(x.shape))
     field = nn.as_field(network, params)
     out, tangent = quick_jit(lambda x, t, v: jax.jvp(lambda x: field(x, t), (x,), (v,)))(x, t, direction)

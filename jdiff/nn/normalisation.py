@@ -1,5 +1,6 @@
 """Group normalisation, with layer normalisation as its case of one group."""
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -31,7 +32,7 @@ class GroupNorm(nn.Module):
         grouped = wide.reshape(x.shape[0], -1, groups, channels // groups)
         centred = grouped - grouped.mean(axis=(1, 3), keepdims=True)
         variance = jnp.square(centred).mean(axis=(1, 3), keepdims=True)
-        out = (centred / jnp.sqrt(variance + 1e-6)).reshape(x.shape)
+        out = (centred * jax.lax.rsqrt(variance + 1e-6)).reshape(x.shape)
         if self.affine:
             ones = (1,) * (x.ndim - 1)
             scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)

@@ -12,7 +12,7 @@ from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning
 from jdiff.nn.normalisation import GroupNorm
 
 _SIZES = {
-    "small": {"channels": 32, "multipliers": (1, 2, 2), "blocks": 1, "attention": (), "dropout": 0.0},
+    "small": {"channels": 24, "multipliers": (1, 2, 2), "blocks": 1, "attention": (), "dropout": 0.0},
     "full": {"channels": 128, "multipliers": (1, 2, 2, 2), "blocks": 4, "attention": (16,), "dropout": 0.1},
     "deep": {"channels": 128, "multipliers": (1, 2, 2, 2), "blocks": 8, "attention": (16,), "dropout": 0.1},
 }
