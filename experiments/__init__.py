@@ -1,0 +1,1 @@
+"""Scripts: a configuration and a run folder in, checkpoints, numbers and pictures out."""

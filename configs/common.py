@@ -1,0 +1,74 @@
+"""Every field that a configuration can have, with its default. A configuration changes some of them and adds none."""
+
+from ml_collections import ConfigDict
+
+
+def defaults() -> ConfigDict:
+    """Return the complete configuration; `options` hold keyword arguments of the object named beside them."""
+    c = ConfigDict()
+    c.seed = 0
+
+    c.data = ConfigDict()
+    c.data.name = ""  # as TFDS spells it
+    c.data.train = "train"  # splits, as TFDS spells them
+    c.data.validation = ""  # choices are made on this one; empty: none
+    c.data.test = "test"
+    c.data.flip = False
+    c.data.dequantise = True  # train on (k + u) / levels; False: on k / (levels - 1), as published in 2021
+    c.data.centered = True  # model space [-1, 1] or [0, 1]
+
+    c.process = ConfigDict({"name": "VP", "options": ConfigDict()})
+
+    c.network = ConfigDict({"name": "", "options": ConfigDict()})
+    c.network.conditional = False  # class labels
+    c.network.predict = "v"  # kind of the field that is trained
+    c.network.precondition = "none"  # none, scalar or pixel: unit-variance inputs and targets by these data statistics
+
+    c.loss = ConfigDict()
+    c.loss.weight = "unit"
+    c.loss.times = "stratified"
+    c.loss.label_dropout = 0.1  # share of labels replaced by the null label
+
+    c.optimiser = ConfigDict()
+    c.optimiser.learning_rate = 2e-4
+    c.optimiser.warmup = 0
+    c.optimiser.cosine = False  # decay to zero over training.steps
+    c.optimiser.b2 = 0.999
+    c.optimiser.clip = 1.0  # global norm; 0: none
+    c.optimiser.weight_decay = 0.0
+
+    c.training = ConfigDict()
+    c.training.steps = 0
+    c.training.batch_size = 128  # global
+    c.training.ema_decay = 0.999
+    c.training.ema_warmup = True
+    c.training.mapping = "jit"  # jit, shard_map or pmap
+    c.training.log_every = 50
+    c.training.validate_every = 500
+    c.training.checkpoint_every = 1000
+    c.training.keep = 3
+
+    c.likelihood = ConfigDict()
+    c.likelihood.batch_size = 128
+    c.likelihood.divergence = "rademacher"
+    c.likelihood.probes = 1
+    c.likelihood.draws = 1  # dequantisations (each with its own probes) per image
+    c.likelihood.rtol = 1e-5
+    c.likelihood.atol = 1e-5
+    c.likelihood.t_min = 0.0  # 0: the process's own
+    c.likelihood.images = 0  # 0: the whole split
+
+    c.sampling = ConfigDict()
+    c.sampling.solver = "heun"
+    c.sampling.grid = "karras"
+    c.sampling.steps = 32
+    c.sampling.number = 64
+    c.sampling.batch_size = 64
+    c.sampling.seed = 0
+    c.sampling.label = -1  # class to draw; -1: unconditional
+    c.sampling.t_min = 0.0  # 0: the process's own
+    c.sampling.denoise = True  # one last x0 prediction
+    c.sampling.eta = 1.0  # stochasticity of ddim and of the reverse SDE
+    c.sampling.snr = 0.16  # of the Langevin corrector
+    c.sampling.corrector_steps = 1
+    return c

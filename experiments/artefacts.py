@@ -1,0 +1,169 @@
+"""The run folder: which files a run leaves, how they are written, and whether a folder belongs to a configuration."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import tempfile
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+import jdiff
+
+# Groups that may change between the runs of one folder: they say how to look at a model, not which model it is.
+_EVALUATION = ("likelihood", "sampling")
+_SCHEDULE = ("log_every", "validate_every", "checkpoint_every", "keep", "mapping")
+
+
+class Run:
+    """A run folder.
+
+    config.json, versions.json: what was run, with what. checkpoints/: Orbax. metrics.jsonl, tensorboard/: training.
+    likelihood_*.json(l): bits/dim and per-image records. samples_*, trajectory_*, loss.png, report.html: to look at.
+    """
+
+    def __init__(self, directory: str):
+        self.path = pathlib.Path(directory).expanduser()
+
+    def __truediv__(self, name: str) -> pathlib.Path:
+        """Return the path of a file in the folder."""
+        return self.path / name
+
+    def open(self, config: ConfigDict) -> None:
+        """Create the folder for a configuration, or find that it is that configuration's already.
+
+        Raises:
+          OSError: the folder cannot be written.
+          ValueError: the folder holds a run of another configuration; the differing fields are named.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise OSError(f"the run folder {self.path} cannot be written: {error}") from error
+        if (self / "config.json").exists():
+            self.match(config)
+        self.write_json("config.json", config.to_dict())
+        self.write_json("versions.json", versions())
+
+    def config(self) -> dict:
+        """Return what config.json holds.
+
+        Raises:
+          FileNotFoundError: there is no run here.
+          ValueError: the file is not a JSON object.
+        """
+        file = self / "config.json"
+        if not file.exists():
+            raise FileNotFoundError(f"no run in {self.path} (config.json is missing): train first")
+        values = read_json(file)
+        if not isinstance(values, dict):
+            raise ValueError(f"{file} must hold a JSON object")
+        return values
+
+    def match(self, config: ConfigDict) -> None:
+        """Raise ValueError where config describes another model or training than the folder's config.json."""
+        old, new = _identity(self.config()), _identity(config.to_dict())
+        differing = [
+            f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in sorted(old | new) if old.get(k) != new.get(k)
+        ]
+        if differing:
+            raise ValueError(
+                f"{self.path} is a run of another configuration; use another --workdir, or the same values of "
+                + "; ".join(differing)
+            )
+
+    def write_json(self, name: str, values: Any) -> None:
+        """Write a JSON file, whole or not at all."""
+        self.write(name, json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Write a file, whole or not at all."""
+        content = content.encode() if isinstance(content, str) else content
+        temporary = self / f".{name}.{os.getpid()}"
+        temporary.write_bytes(content)
+        temporary.replace(self / name)
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard event files; lines after the step that training resumes from are dropped."""
+
+    def __init__(self, run: Run, step: int):
+        from tensorboardX import SummaryWriter
+
+        kept = [line for line in read_jsonl(run / "metrics.jsonl") if line["step"] <= step]
+        run.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(run / "metrics.jsonl", "a", buffering=1)
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Append the values of one step."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self._file.close()
+        self._board.close()
+
+
+def read_json(file: pathlib.Path) -> Any:
+    """Return a JSON file's content.
+
+    Raises:
+      ValueError: it is not JSON; the message names the file.
+    """
+    try:
+        return json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+
+
+def read_jsonl(file: pathlib.Path) -> list[dict]:
+    """Return the lines of a JSON-lines file; a last line cut short by a kill is left out, no file is no lines."""
+    if not file.exists():
+        return []
+    lines = file.read_text().split("\n")
+    if lines[-1]:
+        lines = lines[:-1]
+    try:
+        return [json.loads(line) for line in lines if line]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON lines: {error}") from error
+
+
+def versions() -> dict:
+    """Return what the run depends on: packages, Python, devices and the date."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+    return {
+        "jdiff": jdiff.__version__,
+        "packages": {name: importlib.metadata.version(name) for name in names},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": [f"{d.platform} {d.device_kind}" for d in jax.devices()],
+        "processes": jax.process_count(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _identity(values: dict, prefix: str = "") -> dict:
+    """Flatten the fields that say which model and training this is."""
+    flat = {}
+    for name, value in values.items():
+        if not prefix and name in _EVALUATION:
+            continue
+        if prefix == "training." and name in _SCHEDULE:
+            continue
+        if isinstance(value, dict):
+            flat |= _identity(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat

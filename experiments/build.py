@@ -1,0 +1,283 @@
+"""From a configuration to objects: the only place where names become functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+import jdiff
+from jdiff import losses, nn, predictions, processes, solvers, times, training
+from jdiff.transforms import DataTransform, random_flip
+
+PROCESSES = {
+    "VP": jdiff.VP,
+    "SubVP": jdiff.SubVP,
+    "VE": jdiff.VE,
+    "EDM": jdiff.EDM,
+    "Cosine": jdiff.Cosine,
+    "Rectified": jdiff.Rectified,
+}
+NETWORKS = {"mlp": nn.ResidualMLP, "ddpmpp": nn.ddpmpp}
+WEIGHTS = {
+    "unit": losses.unit,
+    "snr": losses.snr,
+    "sigma2": losses.sigma2,
+    "likelihood": losses.likelihood,
+    "min_snr": losses.min_snr(),
+    "edm": losses.edm(),
+}
+TIMES = {
+    "uniform": times.uniform,
+    "stratified": times.stratified,
+    "importance": times.importance,
+    "log_normal": times.log_normal,
+}
+GRIDS = {
+    "linear": times.linear,
+    "quadratic": times.quadratic,
+    "karras": times.karras,
+    "uniform_log_snr": times.uniform_log_snr,
+}
+PRECONDITIONS = ("none", "scalar", "pixel")
+
+
+def _flow(process, field, predict, c):
+    return jdiff.probability_flow(process, field, predict=predict)
+
+
+def _reverse(process, field, predict, c):
+    return jdiff.reverse(process, field, predict=predict, eta=c.eta)
+
+
+def _as(kind):
+    return lambda process, field, predict: jdiff.reparameterise(process, field, predict, kind)
+
+
+_x0, _score = _as("x0"), _as("score")
+
+
+def _predictor_corrector(process, field, predict, c):
+    corrector = solvers.langevin(_score(process, field, predict), snr=c.snr, steps=c.corrector_steps)
+    return solvers.predictor_corrector(solvers.euler_maruyama(_reverse(process, field, predict, c)), corrector)
+
+
+# (process, field, its kind, config.sampling) -> Solver
+SOLVERS = {
+    "euler": lambda p, f, k, c: solvers.euler(_flow(p, f, k, c)),
+    "midpoint": lambda p, f, k, c: solvers.midpoint(_flow(p, f, k, c)),
+    "heun": lambda p, f, k, c: solvers.heun(_flow(p, f, k, c)),
+    "rk4": lambda p, f, k, c: solvers.rk4(_flow(p, f, k, c)),
+    "euler_maruyama": lambda p, f, k, c: solvers.euler_maruyama(_reverse(p, f, k, c)),
+    "ancestral": lambda p, f, k, c: solvers.ancestral(p, _x0(p, f, k)),
+    "ddim": lambda p, f, k, c: solvers.ddim(p, _x0(p, f, k), c.eta),
+    "dpmpp_2m": lambda p, f, k, c: solvers.dpmpp_2m(p, _x0(p, f, k)),
+    "predictor_corrector": _predictor_corrector,
+}
+
+
+def pick(table: dict | tuple, name: str, field: str):
+    """Return table[name], or raise a ValueError that names the configuration field and what it may be."""
+    if name not in table:
+        close = difflib.get_close_matches(name, list(table), n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"{field} = {name!r} is unknown{hint}; choose one of {', '.join(table)}")
+    return table[name] if isinstance(table, dict) else name
+
+
+def process(config: ConfigDict) -> jdiff.Process:
+    """Return the forward process, its numbers checked.
+
+    Raises:
+      ValueError: unknown name or option, negative or unordered numbers.
+    """
+    make = pick(PROCESSES, config.process.name, "process.name")
+    options = dict(config.process.options)
+    names = [f.name for f in dataclasses.fields(make)]
+    for name, value in options.items():
+        if name not in names:
+            raise ValueError(f"process {config.process.name} has no option {name!r}; it has {', '.join(names)}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0 or value == float("inf"):
+            raise ValueError(f"process.options.{name} must be a finite number >= 0, got {value!r}")
+    made = make(**options)
+    for low, high in (("beta_min", "beta_max"), ("sigma_min", "sigma_max"), ("t_min", "t_max")):
+        if hasattr(made, low) and not 0 <= getattr(made, low) < getattr(made, high):
+            pair = f"{low} = {getattr(made, low)}, {high} = {getattr(made, high)}"
+            raise ValueError(f"process {config.process.name} needs 0 <= {low} < {high}, got {pair}")
+    for name in ("sigma_min", "shift"):
+        if hasattr(made, name) and not getattr(made, name) > 0:
+            raise ValueError(f"process {config.process.name} needs {name} > 0, got {getattr(made, name)}")
+    if not made.t_max <= type(made)().t_max and config.process.name != "EDM":
+        raise ValueError(
+            f"process {config.process.name} is defined for t_max <= {type(made)().t_max}, got {made.t_max}"
+        )
+    return made
+
+
+def network(config: ConfigDict, classes: int | None):
+    """Return the Linen module; it sees the process's log-SNR as noise level, or 999 t for positional embeddings.
+
+    Raises:
+      ValueError: unknown name or option, or labels asked for where the data have none.
+    """
+    make = pick(NETWORKS, config.network.name, "network.name")
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.network.options.items()}
+    fields = inspect.signature(nn.UNet if make is nn.ddpmpp else make).parameters
+    known = [n for n in fields if n not in ("noise_level", "num_classes", "parent", "name")]
+    known += ["size"] if make is nn.ddpmpp else []
+    for name in options:
+        if name not in known:
+            raise ValueError(f"network {config.network.name} has no option {name!r}; it has {', '.join(known)}")
+    if "dtype" in options:
+        options["dtype"] = pick({"float32": jnp.float32, "bfloat16": jnp.bfloat16}, options["dtype"], "network dtype")
+    if config.network.conditional:
+        if classes is None:
+            raise ValueError(f"network.conditional needs labels, and {config.data.name} has none")
+        options["num_classes"] = classes
+    forward_process = process(config)
+    embedding = options.get("embedding", "smooth")
+    if embedding == "positional":
+        noise_level = lambda t: 999 * t
+    elif embedding == "fourier":
+        noise_level = lambda t: jnp.log(forward_process.marginal(t)[1])
+    else:
+        noise_level = lambda t: processes.log_snr(forward_process, t)
+    return make(noise_level, **options)
+
+
+def transform(config: ConfigDict, levels: int) -> DataTransform:
+    """Return the map between integer levels and model space."""
+    return DataTransform(levels=levels, centered=config.data.centered)
+
+
+def field(config: ConfigDict, module, params, statistics: dict, **as_field_options) -> jdiff.Field:
+    """Return the trained field, of the kind config.network.predict.
+
+    Args:
+      config: the configuration.
+      module: from `network`.
+      params: its parameters.
+      statistics: {"mean", "std"} of the data in model space, arrays of shape *event.
+      **as_field_options: cond, train, rngs of `jdiff.nn.as_field`.
+    """
+    net = nn.as_field(module, params, **as_field_options)
+    if config.network.precondition == "none":
+        return net
+    mean, std = statistics["mean"], statistics["std"]
+    return predictions.precondition(process(config), net, std, mean=mean, predict=config.network.predict)
+
+
+def model_space(config: ConfigDict, data_transform: DataTransform, key: jax.Array, images: jax.Array) -> jax.Array:
+    """Return images as the network is trained on them: dequantised or rescaled, flipped where asked."""
+    noise, mirror = _fold(key, 0), _fold(key, 1)
+    unit = data_transform.dequantise(noise, images) if config.data.dequantise else data_transform.rescale(images)
+    x = data_transform.forward(unit)
+    return random_flip(mirror, x) if config.data.flip else x
+
+
+def loss(config: ConfigDict, module, statistics: dict, data_transform: DataTransform, *, train: bool = True):
+    """Return loss_fn(params, keys, batch) -> (per-example loss, metrics) for `jdiff.training.make_train_step`.
+
+    Stratified times are spread over the global batch, config.training.batch_size, whatever the mapping.
+    """
+    forward_process = process(config)
+    weight = pick(WEIGHTS, config.loss.weight, "loss.weight")
+    draw = pick(TIMES, config.loss.times, "loss.times")
+    total = config.training.batch_size
+
+    def loss_fn(params, keys, batch):
+        x0 = model_space(config, data_transform, keys, batch["image"])
+        t, importance = draw(batch["key"], forward_process, batch["index"], total)
+        cond = None
+        if config.network.conditional:
+            dropped = jax.vmap(lambda k: jax.random.bernoulli(k, config.loss.label_dropout))(_fold(keys, 3))
+            cond = jnp.where(dropped & train, module.num_classes, batch["label"])
+        rngs = {"dropout": _fold(keys, 4)} if train and getattr(module, "dropout", 0) else None
+        trained = field(config, module, params, statistics, cond=cond, train=train, rngs=rngs)
+        error = losses.denoising(
+            _fold(keys, 2), trained, forward_process, x0, t, predict=config.network.predict, weight=weight
+        )
+        return error * importance.astype(error.dtype), {}
+
+    return loss_fn
+
+
+def optimiser(config: ConfigDict):
+    """Return Adam with warm-up, clipping and an optional cosine decay.
+
+    Raises:
+      ValueError: a number out of range.
+    """
+    o = config.optimiser
+    rate = training.learning_rate(o.learning_rate, warmup=o.warmup, total=config.training.steps if o.cosine else None)
+    return training.adam(rate, b2=o.b2, clip=o.clip or None, weight_decay=o.weight_decay)
+
+
+def grid(config: ConfigDict) -> jax.Array:
+    """Return the decreasing sampling times.
+
+    Raises:
+      ValueError: unknown grid, steps < 1, t_min out of range.
+    """
+    make = pick(GRIDS, config.sampling.grid, "sampling.grid")
+    forward_process = process(config)
+    t_max = None
+    if config.network.predict in ("eps", "score"):
+        # These kinds say nothing where there is no signal: start just below t_max on Rectified and Cosine.
+        no_signal = float(forward_process.marginal(jnp.asarray(forward_process.t_max))[0]) == 0
+        t_max = 0.999 * forward_process.t_max if no_signal else None
+    return make(forward_process, config.sampling.steps, t_min=config.sampling.t_min or None, t_max=t_max)
+
+
+def solver(config: ConfigDict, trained: jdiff.Field) -> solvers.Solver:
+    """Return the solver named in config.sampling for a field of the kind config.network.predict."""
+    make = pick(SOLVERS, config.sampling.solver, "sampling.solver")
+    return make(process(config), trained, config.network.predict, config.sampling)
+
+
+def denoiser(config: ConfigDict, trained: jdiff.Field) -> jdiff.Field:
+    """Return the x0-field that agrees with a trained field."""
+    return _x0(process(config), trained, config.network.predict)
+
+
+def check(config: ConfigDict) -> None:
+    """Raise ValueError for what could not be built, before data are read or code is compiled."""
+    process(config)
+    pick(NETWORKS, config.network.name, "network.name")
+    network(config, classes=2)
+    predictions.check_kind(config.network.predict)
+    pick(PRECONDITIONS, config.network.precondition, "network.precondition")
+    pick(WEIGHTS, config.loss.weight, "loss.weight")
+    pick(TIMES, config.loss.times, "loss.times")
+    pick(("jit", "shard_map", "pmap"), config.training.mapping, "training.mapping")
+    pick(("rademacher", "gaussian", "exact"), config.likelihood.divergence, "likelihood.divergence")
+    solver(config, lambda x, t: x)
+    optimiser(config)
+    grid(config)
+    for path in (
+        "training.steps", "training.batch_size", "training.log_every", "training.validate_every",
+        "training.checkpoint_every", "training.keep", "likelihood.batch_size", "likelihood.probes",
+        "likelihood.draws", "sampling.number", "sampling.batch_size", "sampling.steps",
+        "likelihood.rtol", "likelihood.atol",
+    ):  # fmt: skip
+        group, name = path.split(".")
+        if not config[group][name] > 0:
+            raise ValueError(f"{path} must be positive, got {config[group][name]}")
+    for path in ("likelihood.t_min", "likelihood.images", "sampling.t_min", "sampling.eta"):
+        group, name = path.split(".")
+        if not config[group][name] >= 0:
+            raise ValueError(f"{path} must not be negative, got {config[group][name]}")
+    if not 0 <= config.loss.label_dropout <= 1:
+        raise ValueError(f"loss.label_dropout must be in [0, 1], got {config.loss.label_dropout}")
+    if not 0 <= config.training.ema_decay < 1:
+        raise ValueError(f"training.ema_decay must be in [0, 1), got {config.training.ema_decay}")
+    if not config.data.name:
+        raise ValueError("data.name is empty: name a TFDS dataset, such as digits, mnist or cifar10")
+
+
+def _fold(keys, n):
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, n)

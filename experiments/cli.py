@@ -1,0 +1,149 @@
+"""The command line: a configuration file, overrides, a run folder; every mistake is found before anything compiles."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+from configs.common import defaults
+from experiments import build
+from experiments.artefacts import Run
+
+FREE = "options"
+
+
+def main(run: Callable[[ConfigDict, Run], int | None], *, evaluation: bool = False) -> None:
+    """Parse the flags that all scripts share, check the configuration and call run(config, run folder).
+
+    Args:
+      run: the script; returns an exit code or None.
+      evaluation: the run folder exists already, and its own config.json is the default for --config.
+    """
+    flags.DEFINE_string("config", None, "configuration file, such as configs/digits.py")
+    flags.DEFINE_string("workdir", None, "run folder", required=True)
+    flags.DEFINE_enum("mode", "full", ["full", "smoke"], "the real thing, or the same in seconds")
+    flags.DEFINE_multi_string("set", [], "override a field: --set training.steps=100 (repeatable)")
+
+    logging.set_verbosity(logging.ERROR)  # Orbax and TFDS tell much that is of no concern here
+
+    def start(argv):
+        try:
+            if len(argv) > 1:
+                raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
+            values = flags.FLAGS
+            folder = Run(values.workdir)
+            if values.config is not None:
+                config = load(values.config, values.mode)
+            elif evaluation:
+                config = from_dict(folder.config())
+            else:
+                raise ValueError("--config is missing: for example --config configs/digits.py")
+            for text in values.set:
+                override(config, text)
+            build.check(config)
+            return run(config, folder)
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            return 2
+
+    # `--dry-run` reads better than `--dry_run`; absl knows names with underscores only.
+    app.run(start, argv=["--dry_run" if a == "--dry-run" else a for a in sys.argv])
+
+
+def load(path: str, mode: str = "full") -> ConfigDict:
+    """Return `get_config(mode)` of a Python file, checked field by field against `configs.common.defaults`.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: no get_config in it, an unknown field, or a value of another type.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no configuration file {path}")
+    spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} defines no get_config(mode)")
+    config = module.get_config(mode)
+    check_fields(config)
+    return config
+
+
+def from_dict(values: dict) -> ConfigDict:
+    """Return the configuration of a run folder's config.json, checked like one from a file."""
+    config = ConfigDict(values)
+    check_fields(config)
+    return config
+
+
+def override(config: ConfigDict, text: str) -> None:
+    """Set one field from "a.b=value", the value in JSON, or a bare string.
+
+    Raises:
+      ValueError: not of that form, an unknown field (its neighbours are named), or a value of another type.
+    """
+    path, separator, value = text.partition("=")
+    if not separator:
+        raise ValueError(f"--set needs the form field=value, got {text!r}")
+    try:
+        value = json.loads(value)
+    except json.JSONDecodeError:
+        pass
+    *parents, last = path.split(".")
+    node = config
+    for depth, name in enumerate(parents):
+        if not isinstance(node, ConfigDict) or name not in node:
+            raise ValueError(_unknown(".".join(parents[: depth + 1]), node))
+        node = node[name]
+    free = bool(parents) and FREE in parents
+    if not isinstance(node, ConfigDict) or (last not in node and not free):
+        raise ValueError(_unknown(path, node))
+    if last == FREE:
+        if not isinstance(value, dict):
+            raise ValueError(f"{path} must be a JSON object, got {value!r}")
+        value = ConfigDict(value)
+    elif last in node and not free:
+        value = _typed(path, value, node[last])
+    with node.ignore_type(), node.unlocked():
+        node[last] = value
+
+
+def check_fields(config: ConfigDict, like: ConfigDict | None = None, prefix: str = "") -> None:
+    """Raise ValueError unless config has exactly the fields of the defaults, with values of their types."""
+    like = defaults() if like is None else like
+    for name in config:
+        if name not in like:
+            raise ValueError(_unknown(prefix + name, like))
+    for name, value in like.items():
+        if name not in config:
+            raise ValueError(f"the configuration lacks {prefix}{name}")
+        if isinstance(value, ConfigDict):
+            if not isinstance(config[name], ConfigDict):
+                raise ValueError(f"{prefix}{name} must be a group of fields, got {config[name]!r}")
+            if name != FREE:
+                check_fields(config[name], value, f"{prefix}{name}.")
+        else:
+            _typed(prefix + name, config[name], value)
+
+
+def _typed(path, value, old):
+    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(old):
+        raise ValueError(f"{path} must be of type {type(old).__name__}, like {old!r}; got {value!r}")
+    return value
+
+
+def _unknown(path, node):
+    names = sorted(node) if isinstance(node, ConfigDict) else []
+    close = difflib.get_close_matches(path.split(".")[-1], names, n=3)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    return f"unknown configuration field {path!r}: {hint}There are {', '.join(names) or 'none below it'}"

@@ -1,0 +1,90 @@
+"""A trained model as the evaluation scripts see it: data, network, averaged parameters and data statistics of a run."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments import build
+from experiments.artefacts import Run
+from jdiff import checkpoint, data
+from jdiff.transforms import DataTransform
+
+# Enough for mean and standard deviation of a pixel; the rest of a large set is not read.
+_STATISTICS_EXAMPLES = 50_000
+
+
+class Model(NamedTuple):
+    """What stays the same over a run."""
+
+    module: Any
+    transform: DataTransform
+    shape: tuple[int, int, int]
+    classes: int | None
+
+
+class Trained(NamedTuple):
+    """A model and what training has made of it."""
+
+    model: Model
+    params: Any
+    """The exponential moving average."""
+    statistics: dict[str, jax.Array]
+    step: int
+
+
+def describe(config: ConfigDict, source: data.Source) -> Model:
+    """Return the model of a configuration for a data set."""
+    module = build.network(config, source.classes)
+    return Model(module, build.transform(config, source.levels), source.shape, source.classes)
+
+
+def initialise(config: ConfigDict, model: Model, key: jax.Array) -> Any:
+    """Return the network's initial parameters."""
+    x = jnp.zeros((1, *model.shape), jnp.float32)
+    t = jnp.full((1,), 0.5 * build.process(config).t_max)
+    cond = jnp.zeros((1,), jnp.int32) if config.network.conditional else None
+    return jax.jit(lambda key: model.module.init(key, x, t, cond)["params"])(key)
+
+
+def shapes(config: ConfigDict, model: Model) -> Any:
+    """Return the network's parameters as shapes; nothing is allocated or compiled."""
+    return jax.eval_shape(lambda key: initialise(config, model, key), jax.random.key(0))
+
+
+def statistics(config: ConfigDict, source: data.Source, transform: DataTransform) -> dict[str, np.ndarray]:
+    """Return mean and standard deviation of the training data in model space: one for all, or one per pixel.
+
+    Dequantisation noise is counted in (its variance is 1/12 of a squared level), so that no pixel has deviation zero.
+    """
+    images = source.read(np.arange(min(len(source), _STATISTICS_EXAMPLES)))["image"].astype(np.float64)
+    axes = 0 if config.network.precondition == "pixel" else None
+    noisy = config.data.dequantise
+    mean, variance = images.mean(axis=axes), images.var(axis=axes) + 1 / 12
+    scale = 1 / transform.levels if noisy else 1 / (transform.levels - 1)
+    mean = scale * (mean + (0.5 if noisy else 0.0))
+    mean = np.broadcast_to(transform.forward(mean), source.shape)
+    std = np.broadcast_to((2 if transform.centered else 1) * scale * np.sqrt(variance), source.shape)
+    return {"mean": mean.astype(np.float32), "std": std.astype(np.float32)}
+
+
+def load(config: ConfigDict, run: Run, source: data.Source) -> Trained:
+    """Return the newest good checkpoint's averaged parameters.
+
+    Raises:
+      FileNotFoundError: nothing has been trained in this folder.
+      ValueError: the folder is of another configuration.
+    """
+    run.match(config)
+    model = describe(config, source)
+    like = {
+        "ema": shapes(config, model),
+        "statistics": dict.fromkeys(("mean", "std"), jax.ShapeDtypeStruct(model.shape, jnp.float32)),
+    }
+    with checkpoint.open_manager(str(run / "checkpoints"), read_only=True) as manager:
+        restored = checkpoint.restore(manager, like)
+    return Trained(model, restored["ema"], restored["statistics"], int(restored["step"]))

@@ -1,0 +1,62 @@
+"""Pictures for the run folder: sample grids, denoising strips and curves, as PNG files."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def _tiles(images: np.ndarray, levels: int, columns: int, scale: int) -> np.ndarray:
+    """Arrange integer images (N, H, W, C) in rows of `columns`, each pixel `scale` wide, as uint8 (H', W', 1 or 3)."""
+    n, height, width, channels = images.shape
+    rows = math.ceil(n / columns)
+    sheet = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), 96, np.uint8)
+    shown = (images.astype(np.float64) * 255 / (levels - 1)).round().astype(np.uint8)
+    for i, image in enumerate(shown):
+        top, left = (i // columns) * (height + 1) + 1, (i % columns) * (width + 1) + 1
+        sheet[top : top + height, left : left + width] = image
+    return sheet.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def grid(file: pathlib.Path, images: np.ndarray, levels: int, *, columns: int | None = None) -> None:
+    """Write integer images (N, H, W, C), C = 1 or 3, as one sheet."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    scale = max(1, 28 // images.shape[2] if images.shape[2] < 28 else 64 // images.shape[2])
+    sheet = _tiles(images, levels, columns, scale)
+    plt.imsave(file, sheet.repeat(3, axis=2) if sheet.shape[2] == 1 else sheet)
+
+
+def loss_curve(file: pathlib.Path, lines: list[dict]) -> None:
+    """Write training and validation loss over steps, from the lines of metrics.jsonl."""
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for name, label, style in (("loss", "training", "-"), ("validation_loss", "validation (average)", "o-")):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            axes.plot(*zip(*points), style, label=label, markersize=3, linewidth=1)
+    axes.set(xlabel="step", ylabel="loss", title="Denoising loss")
+    values = [line[name] for line in lines for name in ("loss", "validation_loss") if name in line]
+    if values and min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_yscale("log")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def bits_histogram(file: pathlib.Path, bits: np.ndarray, yardsticks: dict[str, float]) -> None:
+    """Write the histogram of per-image bits/dim, with the yardsticks' means as lines."""
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    axes.hist(bits, bins=30, color="0.6")
+    axes.axvline(bits.mean(), color="C0", label=f"model {bits.mean():.3f}")
+    for i, (name, value) in enumerate(yardsticks.items()):
+        axes.axvline(value, color=f"C{i + 1}", linestyle="--", linewidth=1, label=f"{name} {value:.3f}")
+    axes.set(xlabel="bits/dim", ylabel="images", title="Test images")
+    axes.legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
