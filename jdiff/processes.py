@@ -248,7 +248,8 @@ def squared_diffusion(process: Process, t: Array) -> Array:
     The diffusion of the linear SDE with these marginals: Kingma et al. 2021 (arXiv 2107.00630), eq. 2 in time t; for
     VP, SubVP and VE it is Song et al. 2021's g^2.
     """
-    alpha, sigma, dalpha, dsigma = rates(process, t)
+    # At t = 0 sigma' may be infinite where g is not (VP: g^2 = beta_min): the limit is taken from above.
+    alpha, sigma, dalpha, dsigma = rates(process, jnp.maximum(_as_time(t), 1e-12 * process.t_max))
     return 2 * sigma * (dsigma - dalpha / alpha * sigma)
 
 

@@ -69,7 +69,7 @@ def test_check_state():
         _array.check_state({"a": jnp.ones((2, 2)), "b": jnp.ones((3, 2))})
     with pytest.raises(ValueError, match="leading batch axis, got a scalar"):
         _array.check_state(jnp.ones(()))
-    with pytest.raises(TypeError, match="x0 must be one array .* got dict"):
+    with pytest.raises(TypeError, match=r"x0 must be one array .* got dict"):
         _array.check_array(tree(), "x0")
     with pytest.raises(ValueError, match="one batch size"):
         _array.check_state({})
