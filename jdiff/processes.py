@@ -47,6 +47,11 @@ def _integrated_beta(process, t):
     return t * (process.beta_min + 0.5 * t * (process.beta_max - process.beta_min))
 
 
+def _one_minus_exp(b):
+    """Return 1 - exp(-b); the derivative of expm1 is expm1 + 1 in JAX and loses all digits for large b."""
+    return jnp.where(b < 1, -jnp.expm1(-jnp.minimum(b, 1)), 1 - jnp.exp(-b))
+
+
 def _time_of_integrated_beta(process, b):
     slope = process.beta_max - process.beta_min
     # The root written without a difference: exact for b -> 0 and for slope = 0.
@@ -70,7 +75,7 @@ class VP:
     def marginal(self, t):
         """Return alpha(t), sigma(t)."""
         b = _integrated_beta(self, t)
-        return jnp.exp(-0.5 * b), jnp.sqrt(-jnp.expm1(-b))
+        return jnp.exp(-0.5 * b), jnp.sqrt(_one_minus_exp(b))
 
     def time_at(self, log_snr):
         """Return t at a given log alpha^2/sigma^2."""
@@ -93,7 +98,7 @@ class SubVP:
     def marginal(self, t):
         """Return alpha(t), sigma(t)."""
         b = _integrated_beta(self, t)
-        return jnp.exp(-0.5 * b), -jnp.expm1(-b)
+        return jnp.exp(-0.5 * b), _one_minus_exp(b)
 
     def time_at(self, log_snr):
         """Return t at a given log alpha^2/sigma^2: sigma/alpha = 2 sinh(B/2)."""
