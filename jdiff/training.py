@@ -128,6 +128,8 @@ def make_train_step(
                 'batch must be a mapping with "index", the (batch,) positions in the global batch; '
                 f"got {sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__}"
             )
+        if "key" in batch:
+            raise ValueError('batch may not have an entry "key": the step puts its shared_key there')
         keys = example_keys(key, state.step, batch["index"])
         batch = {**batch, "key": shared_key(key, state.step)}
 

@@ -22,11 +22,12 @@ TRANSFORMS = {"sgd": (optax.sgd(0.1), 1e-6), "adam": (training.adam(1e-2, clip=1
 
 
 def loss_fn(params, keys, batch):
-    """A small denoising loss: noise, times and dropout all come from the example's key."""
+    """A small denoising loss: noise, times and dropout come from the example's key, one offset from the batch's."""
+    offset = jax.random.uniform(batch["key"])
 
     def one(key, x):
         draws = jax.random.normal(key, (DIM + 1 + HIDDEN,))  # one draw: compiling more of them is what costs
-        eps, t, drop = draws[:DIM], jax.nn.sigmoid(draws[DIM]), draws[DIM + 1 :] > 1
+        eps, t, drop = draws[:DIM], jax.nn.sigmoid(draws[DIM] + offset), draws[DIM + 1 :] > 1
         hidden = jnp.where(drop, 0.0, jnp.tanh((x + t * eps) @ params["w1"] + params["b1"]))
         return jnp.mean((hidden @ params["w2"] - eps) ** 2), t
 

@@ -116,6 +116,21 @@ def test_keys_belong_to_examples_not_to_places(problem):
     assert np.abs(one.params["w"] - moved.params["w"]).max() > 1e-3
 
 
+def test_one_key_of_the_batch_reaches_the_loss():
+    """`batch["key"]` is the same for all examples, another at each step, and no example's own."""
+    loss_fn = lambda p, keys, batch: (p * jnp.ones(2), {"u": jax.random.uniform(batch["key"])})
+    step = jax.jit(training.make_train_step(loss_fn, optax.sgd(0.1), ema_decay=0.9))
+    state, draws = training.init_state(jnp.float32(1), optax.sgd(0.1)), []
+    for n in range(2):
+        state, metrics = step(state, KEY, {"index": np.arange(2)})
+        expected_key = jax.random.fold_in(jax.random.fold_in(KEY, n), jnp.uint32(0xFFFFFFFF))
+        np.testing.assert_allclose(metrics["u"], jax.random.uniform(expected_key), rtol=1e-7)
+        draws.append(float(metrics["u"]))
+    assert draws[0] != draws[1]
+    own = jax.random.key_data(training.example_keys(KEY, 0, jnp.arange(1000)))
+    assert not (own == jax.random.key_data(training.shared_key(KEY, 0))).all(-1).any()
+
+
 def test_finite_sees_the_loss_and_the_gradient():
     tx = optax.sgd(1.0)
     batch = {"index": np.arange(2)}
@@ -208,6 +223,7 @@ def test_the_step_leaves_the_host_alone(problem):
         (KEY, {"index": np.arange(2.0)}, None, TypeError, "integers, got float32"),
         (KEY, {"index": np.zeros((2, 1), int)}, None, ValueError, r"shape \(batch,\), got \(2, 1\)"),
         (KEY, {"index": None}, None, ValueError, r"got \['x'\]"),
+        (KEY, {"key": np.zeros(2)}, None, ValueError, 'entry "key"'),
         (KEY, {}, lambda p, k, b: (jnp.sum(p), {}), ValueError, r"one loss per example, shape \(2,\), got \(\)"),
         (KEY, {}, lambda p, k, b: (b["x"] * p, {"loss": 1.0}), ValueError, r"names \['loss'\]"),
         (KEY, {}, lambda p, k, b: (b["x"] * p, {"a": jnp.ones(3)}), ValueError, r"metric 'a' must have shape"),
