@@ -128,7 +128,7 @@ def test_one_key_of_the_batch_reaches_the_loss():
         draws.append(float(metrics["u"]))
     assert draws[0] != draws[1]
     own = jax.random.key_data(training.example_keys(KEY, 0, jnp.arange(1000)))
-    assert not (own == jax.random.key_data(training.shared_key(KEY, 0))).all(-1).any()
+    assert not (own == jax.random.key_data(training.shared_key(KEY, 0))[None]).all(-1).any()
 
 
 def test_finite_sees_the_loss_and_the_gradient():
