@@ -127,13 +127,13 @@ def reverse_sde(sde: SDE, score: Field, *, eta: Array | float = 1.0) -> SDE:
         half = 0.5 * (1 + jnp.asarray(eta, t.dtype) ** 2)
 
         def g2(x):
-            return jax.tree.map(jnp.square, sde.diffusion(x, t))
+            return jax.tree.map(jnp.square, call(sde.diffusion, x, t))
 
         squared, divergence = jax.jvp(g2, (x,), (jax.tree.map(jnp.ones_like, x),))
         pull = jax.tree.map(lambda g2, s, div: div + g2 * s, squared, call(score, x, t), divergence)
-        return lincomb((1.0, sde.drift(x, t)), (-half, pull))
+        return lincomb((1.0, call(sde.drift, x, t)), (-half, pull))
 
-    return SDE(drift, lambda x, t: lincomb((eta, sde.diffusion(x, t))))
+    return SDE(drift, lambda x, t: lincomb((eta, call(sde.diffusion, x, t))))
 
 
 def _spread(w):
