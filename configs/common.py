@@ -22,11 +22,12 @@ def defaults() -> ConfigDict:
     c.network = ConfigDict({"name": "", "options": ConfigDict()})
     c.network.conditional = False  # class labels
     c.network.predict = "v"  # kind of the field that is trained
-    c.network.precondition = "none"  # none, scalar or pixel: unit-variance inputs and targets by these data statistics
+    # none; scalar, pixel: unit variance by statistics of the data; levels: the network gives logits of levels
+    c.network.precondition = "none"
 
     c.loss = ConfigDict()
-    c.loss.weight = "unit"
-    c.loss.times = "stratified"
+    c.loss.weight = ConfigDict({"name": "unit", "options": ConfigDict()})
+    c.loss.times = ConfigDict({"name": "stratified", "options": ConfigDict()})
     c.loss.label_dropout = 0.1  # share of labels replaced by the null label
 
     c.optimiser = ConfigDict()

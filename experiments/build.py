@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 
 import jax
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 
 import jdiff
 from jdiff import losses, nn, predictions, processes, solvers, times, training
+from jdiff.levels import level_field
 from jdiff.transforms import DataTransform, random_flip
 
 PROCESSES = {
@@ -22,14 +24,15 @@ PROCESSES = {
     "Cosine": jdiff.Cosine,
     "Rectified": jdiff.Rectified,
 }
-NETWORKS = {"mlp": nn.ResidualMLP, "ddpmpp": nn.ddpmpp}
+NETWORKS = {"mlp": nn.ResidualMLP, "transformer": nn.PatchTransformer, "ddpmpp": nn.ddpmpp}
+# options -> weighting
 WEIGHTS = {
-    "unit": losses.unit,
-    "snr": losses.snr,
-    "sigma2": losses.sigma2,
-    "likelihood": losses.likelihood,
-    "min_snr": losses.min_snr(),
-    "edm": losses.edm(),
+    "unit": lambda: losses.unit,
+    "snr": lambda: losses.snr,
+    "sigma2": lambda: losses.sigma2,
+    "likelihood": lambda: losses.likelihood,
+    "min_snr": losses.min_snr,
+    "edm": losses.edm,
 }
 TIMES = {
     "uniform": times.uniform,
@@ -43,7 +46,7 @@ GRIDS = {
     "karras": times.karras,
     "uniform_log_snr": times.uniform_log_snr,
 }
-PRECONDITIONS = ("none", "scalar", "pixel")
+PRECONDITIONS = ("none", "scalar", "pixel", "levels")
 
 
 def _flow(process, field, predict, c):
@@ -118,8 +121,10 @@ def process(config: ConfigDict) -> jdiff.Process:
     return made
 
 
-def network(config: ConfigDict, classes: int | None):
+def network(config: ConfigDict, channels: int, levels: int, classes: int | None):
     """Return the Linen module; it sees the process's log-SNR as noise level, or 999 t for positional embeddings.
+
+    With network.precondition = "levels" it returns a logit per channel and level.
 
     Raises:
       ValueError: unknown name or option, or labels asked for where the data have none.
@@ -127,13 +132,16 @@ def network(config: ConfigDict, classes: int | None):
     make = pick(NETWORKS, config.network.name, "network.name")
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.network.options.items()}
     fields = inspect.signature(nn.UNet if make is nn.ddpmpp else make).parameters
-    known = [n for n in fields if n not in ("noise_level", "num_classes", "parent", "name")]
+    given = ("noise_level", "num_classes", "out_channels", "parent", "name")
+    known = [n for n in fields if n not in given]
     known += ["size"] if make is nn.ddpmpp else []
     for name in options:
         if name not in known:
             raise ValueError(f"network {config.network.name} has no option {name!r}; it has {', '.join(known)}")
     if "dtype" in options:
         options["dtype"] = pick({"float32": jnp.float32, "bfloat16": jnp.bfloat16}, options["dtype"], "network dtype")
+    if config.network.precondition == "levels":
+        options["out_channels"] = channels * levels
     if config.network.conditional:
         if classes is None:
             raise ValueError(f"network.conditional needs labels, and {config.data.name} has none")
@@ -161,12 +169,15 @@ def field(config: ConfigDict, module, params, statistics: dict, **as_field_optio
       config: the configuration.
       module: from `network`.
       params: its parameters.
-      statistics: {"mean", "std"} of the data in model space, arrays of shape *event.
+      statistics: of the data, from `experiments.model.statistics`.
       **as_field_options: cond, train, rngs of `jdiff.nn.as_field`.
     """
     net = nn.as_field(module, params, **as_field_options)
     if config.network.precondition == "none":
         return net
+    if config.network.precondition == "levels":
+        low = -1.0 if config.data.centered else 0.0
+        return level_field(process(config), net, statistics["log_prior"], low=low, predict=config.network.predict)
     mean, std = statistics["mean"], statistics["std"]
     return predictions.precondition(process(config), net, std, mean=mean, predict=config.network.predict)
 
@@ -179,14 +190,45 @@ def model_space(config: ConfigDict, data_transform: DataTransform, key: jax.Arra
     return random_flip(mirror, x) if config.data.flip else x
 
 
+def weighting(config: ConfigDict) -> losses.Weighting:
+    """Return the loss weighting.
+
+    Raises:
+      ValueError: unknown name or option, or a number out of range.
+    """
+    make = pick(WEIGHTS, config.loss.weight.name, "loss.weight.name")
+    return make(**_known_options(make, config.loss.weight, "loss.weight", ()))
+
+
+def training_times(config: ConfigDict):
+    """Return draw(key, process, index, total) -> (t, weight).
+
+    Raises:
+      ValueError: unknown name or option, or a number out of range.
+    """
+    draw = pick(TIMES, config.loss.times.name, "loss.times.name")
+    given = ("key", "process", "index", "total")
+    draw = functools.partial(draw, **_known_options(draw, config.loss.times, "loss.times", given))
+    draw(jax.random.key(0), process(config), jnp.arange(2), 2)
+    return draw
+
+
+def _known_options(function, group, path, given):
+    """Return a group's options, or raise a ValueError that names those that the function does not take."""
+    known = [name for name in inspect.signature(function).parameters if name not in given]
+    for name in group.options:
+        if name not in known:
+            raise ValueError(f"{path} {group.name} has no option {name!r}; it has {', '.join(known) or 'none'}")
+    return dict(group.options)
+
+
 def loss(config: ConfigDict, module, statistics: dict, data_transform: DataTransform, *, train: bool = True):
     """Return loss_fn(params, keys, batch) -> (per-example loss, metrics) for `jdiff.training.make_train_step`.
 
     Stratified times are spread over the global batch, config.training.batch_size, whatever the mapping.
     """
     forward_process = process(config)
-    weight = pick(WEIGHTS, config.loss.weight, "loss.weight")
-    draw = pick(TIMES, config.loss.times, "loss.times")
+    weight, draw = weighting(config), training_times(config)
     total = config.training.batch_size
 
     def loss_fn(params, keys, batch):
@@ -248,11 +290,13 @@ def check(config: ConfigDict) -> None:
     """Raise ValueError for what could not be built, before data are read or code is compiled."""
     process(config)
     pick(NETWORKS, config.network.name, "network.name")
-    network(config, classes=2)
+    network(config, channels=1, levels=2, classes=2)
     predictions.check_kind(config.network.predict)
     pick(PRECONDITIONS, config.network.precondition, "network.precondition")
-    pick(WEIGHTS, config.loss.weight, "loss.weight")
-    pick(TIMES, config.loss.times, "loss.times")
+    if config.network.precondition == "levels" and not config.data.dequantise:
+        raise ValueError('network.precondition = "levels" describes dequantised data: it needs data.dequantise')
+    weighting(config)
+    training_times(config)
     pick(("jit", "shard_map", "pmap"), config.training.mapping, "training.mapping")
     pick(("rademacher", "gaussian", "exact"), config.likelihood.divergence, "likelihood.divergence")
     solver(config, lambda x, t: x)

@@ -39,13 +39,15 @@ class Trained(NamedTuple):
 
 def describe(config: ConfigDict, source: data.Source) -> Model:
     """Return the model of a configuration for a data set."""
-    module = build.network(config, source.classes)
+    module = build.network(config, source.shape[-1], source.levels, source.classes)
     return Model(module, build.transform(config, source.levels), source.shape, source.classes)
 
 
 def initialise(config: ConfigDict, model: Model, key: jax.Array) -> Any:
     """Return the network's initial parameters."""
-    x = jnp.zeros((1, *model.shape), jnp.float32)
+    *size, channels = model.shape
+    inputs = 2 * channels if config.network.precondition == "levels" else channels
+    x = jnp.zeros((1, *size, inputs), jnp.float32)
     t = jnp.full((1,), 0.5 * build.process(config).t_max)
     cond = jnp.zeros((1,), jnp.int32) if config.network.conditional else None
     return jax.jit(lambda key: model.module.init(key, x, t, cond)["params"])(key)
@@ -57,11 +59,16 @@ def shapes(config: ConfigDict, model: Model) -> Any:
 
 
 def statistics(config: ConfigDict, source: data.Source, transform: DataTransform) -> dict[str, np.ndarray]:
-    """Return mean and standard deviation of the training data in model space: one for all, or one per pixel.
+    """Return what the field is preconditioned with, from the training data.
 
-    Dequantisation noise is counted in (its variance is 1/12 of a squared level), so that no pixel has deviation zero.
+    "mean" and "std" in model space, one for all or one per pixel; dequantisation noise is counted in (its variance is
+    1/12 of a squared level), so that no pixel has deviation zero. For network.precondition = "levels": "log_prior", the
+    log-histogram of each pixel with 0.1 added to every count.
     """
     images = source.read(np.arange(min(len(source), _STATISTICS_EXAMPLES)))["image"].astype(np.float64)
+    if config.network.precondition == "levels":
+        counts = np.stack([(images == level).sum(axis=0) for level in range(transform.levels)], axis=-1) + 0.1
+        return {"log_prior": np.log(counts / counts.sum(axis=-1, keepdims=True)).astype(np.float32)}
     axes = 0 if config.network.precondition == "pixel" else None
     noisy = config.data.dequantise
     mean, variance = images.mean(axis=axes), images.var(axis=axes) + 1 / 12
@@ -70,6 +77,13 @@ def statistics(config: ConfigDict, source: data.Source, transform: DataTransform
     mean = np.broadcast_to(transform.forward(mean), source.shape)
     std = np.broadcast_to((2 if transform.centered else 1) * scale * np.sqrt(variance), source.shape)
     return {"mean": mean.astype(np.float32), "std": std.astype(np.float32)}
+
+
+def statistics_shapes(config: ConfigDict, model: Model) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return `statistics` as shapes."""
+    if config.network.precondition == "levels":
+        return {"log_prior": jax.ShapeDtypeStruct((*model.shape, model.transform.levels), jnp.float32)}
+    return dict.fromkeys(("mean", "std"), jax.ShapeDtypeStruct(model.shape, jnp.float32))
 
 
 def load(config: ConfigDict, run: Run, source: data.Source) -> Trained:
@@ -81,10 +95,7 @@ def load(config: ConfigDict, run: Run, source: data.Source) -> Trained:
     """
     run.match(config)
     model = describe(config, source)
-    like = {
-        "ema": shapes(config, model),
-        "statistics": dict.fromkeys(("mean", "std"), jax.ShapeDtypeStruct(model.shape, jnp.float32)),
-    }
+    like = {"ema": shapes(config, model), "statistics": statistics_shapes(config, model)}
     with checkpoint.open_manager(str(run / "checkpoints"), read_only=True) as manager:
         restored = checkpoint.restore(manager, like)
     return Trained(model, restored["ema"], restored["statistics"], int(restored["step"]))

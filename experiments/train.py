@@ -63,8 +63,8 @@ def train(config: ConfigDict, run: Run) -> int:
             statistics = model.statistics(config, source, described.transform)
             state = training.init_state(model.initialise(config, described, init_key), tx)
         else:
-            shape = jax.ShapeDtypeStruct(described.shape, np.float32)
-            wanted = {**like._asdict(), "statistics": {"mean": shape, "std": shape}, "data": None, "meta": identity}
+            statistics = model.statistics_shapes(config, described)
+            wanted = {**like._asdict(), "statistics": statistics, "data": None, "meta": identity}
             del wanted["step"]
             items = checkpoint.restore(manager, wanted)
             statistics = items["statistics"]

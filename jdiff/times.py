@@ -7,6 +7,8 @@ leave the weight out to let the density itself be the weighting.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.stats import norm
@@ -26,9 +28,9 @@ __all__ = [
     "uniform_log_snr",
 ]
 
-# Where alpha(t_max) = 0 log-SNR is -inf: spacing in log-SNR starts from sigma/alpha = 1000 instead, and t_max stays on
-# the grid.
-_LOG_SNR_FLOOR = -13.8
+# Where alpha(t_max) = 0 or sigma(t_min) = 0 log-SNR is infinite: spacing in log-SNR then runs from sigma/alpha = 1000,
+# or to 1/1000, and the end of time itself stays on the grid.
+_LOG_SNR_CAP = 2 * math.log(1000)
 
 
 def linear(process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None) -> Array:
@@ -112,7 +114,9 @@ def importance(key: Key, process: Process, index: Array, total: int, *, t_min=No
     """Draw stratified t with density proportional to g^2/sigma^2, i.e. uniform in log-SNR (arguments as in `uniform`).
 
     The variance-reduced times for likelihood weighting of Song et al. 2021 (arXiv 2101.09258), section 4.2: g^2/sigma^2
-    = -d log-SNR/dt, so the importance-weighted likelihood loss is the eps error with a constant weight.
+    = -d log-SNR/dt, so the importance-weighted likelihood loss is the eps error with a constant weight. Where log-SNR
+    is infinite at an end of time (alpha(1) = 0 for Rectified and Cosine) that density has no finite mass: times with
+    sigma/alpha above 1000 (or below 1/1000) are not drawn, and the estimate leaves them out.
     """
     low, high = _ends(process, 1, t_min, t_max)
     most, least = _log_snr_ends(process, low, high)
@@ -122,25 +126,47 @@ def importance(key: Key, process: Process, index: Array, total: int, *, t_min=No
 
 
 def log_normal(
-    key: Key, process: Process, index: Array, total: int, *, mean=-1.2, std=1.2, t_min=None, t_max=None
+    key: Key, process: Process, index: Array, total: int, *, mean=-1.2, std=1.2, uniform=0.0, t_min=None, t_max=None
 ) -> tuple[Array, Array]:
     """Draw stratified t with log(sigma/alpha) ~ N(mean, std^2), cut to [t_min, t_max] (arguments as in `uniform`).
 
     The training density of Karras et al. 2022 (arXiv 2206.00364), table 1, which uses it without the weight returned.
+    With the weight, a share of the draws should be uniform in log-SNR: it bounds the weights in the tails of the
+    normal.
+
+    Args:
+      key: as in `uniform`.
+      process: as in `uniform`.
+      index: as in `uniform`.
+      total: as in `uniform`.
+      mean: mean of log(sigma/alpha).
+      std: its standard deviation.
+      uniform: share of the draws that is uniform in log-SNR instead, in [0, 1).
+      t_min: as in `uniform`.
+      t_max: as in `uniform`.
+
+    Returns:
+      t and weight, shape (batch,).
 
     Raises:
-      ValueError: std <= 0.
+      ValueError: std <= 0, or uniform outside [0, 1).
     """
     if std <= 0:
         raise ValueError(f"std must be positive, got {std}")
+    if not 0 <= uniform < 1:
+        raise ValueError(f"uniform must be in [0, 1), got {uniform}")
     low, high = _ends(process, 1, t_min, t_max)
     most, least = _log_snr_ends(process, low, high)
     first, last = norm.cdf((-0.5 * most - mean) / std), norm.cdf((-0.5 * least - mean) / std)
-    z = norm.ppf(first + (last - first) * _spread(key, index, total))
-    t = jnp.clip(time_at(process, -2 * (mean + std * z)), low, high)
+    # Quantiles below `uniform` become the uniform draws, the others the normal ones: both stay stratified.
+    u = _spread(key, index, total)
+    flat = u < uniform
+    normal = mean + std * norm.ppf(first + (last - first) * jnp.where(flat, 0.5, (u - uniform) / (1 - uniform)))
+    even = -0.5 * (most + (least - most) * u / max(uniform, 1e-9))
+    t = jnp.clip(time_at(process, -2 * jnp.where(flat, even, normal)), low, high)
     z = (-0.5 * log_snr(process, t) - mean) / std
-    density = norm.pdf(z) / (last - first) / std * 0.5 * _log_snr_speed(process, t)
-    return t, 1 / ((high - low) * density)
+    of_log_snr = 0.5 * (1 - uniform) * norm.pdf(z) / (last - first) / std + uniform / (most - least)
+    return t, 1 / ((high - low) * of_log_snr * _log_snr_speed(process, t))
 
 
 def _ends(process, n, t_min, t_max):
@@ -162,8 +188,8 @@ def _pin(ts, low, high):
 
 
 def _log_snr_ends(process, low, high):
-    most, least = log_snr(process, jnp.asarray(low)), log_snr(process, jnp.asarray(high))
-    return most, jnp.where(jnp.isfinite(least), least, _LOG_SNR_FLOOR)
+    ends = log_snr(process, jnp.asarray(low)), log_snr(process, jnp.asarray(high))
+    return tuple(jnp.where(jnp.isfinite(end), end, cap) for end, cap in zip(ends, (_LOG_SNR_CAP, -_LOG_SNR_CAP)))
 
 
 def _log_snr_speed(process, t):

@@ -21,6 +21,7 @@ ROOMS = {
         ["sampling", "likelihood"],
         BELOW | {"processes", "predictions", "sde", "solvers", "guidance", "losses"},
     ),
+    "levels": BELOW | {"processes", "predictions"},
     # Beside the staircase: they stand on the processes, and nothing of the library stands on them.
     **dict.fromkeys(["analytic", "times", "transforms"], BELOW | {"processes"}),
     # These know no diffusion at all; the mappings run the one training step.

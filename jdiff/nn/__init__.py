@@ -3,6 +3,7 @@
 from jdiff.nn.as_field import as_field
 from jdiff.nn.conditioning import Conditioning
 from jdiff.nn.mlp import ResidualMLP
+from jdiff.nn.transformer import PatchTransformer
 from jdiff.nn.unet import UNet, ddpmpp
 
-__all__ = ["Conditioning", "ResidualMLP", "UNet", "as_field", "ddpmpp"]
+__all__ = ["Conditioning", "PatchTransformer", "ResidualMLP", "UNet", "as_field", "ddpmpp"]

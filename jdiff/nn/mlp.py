@@ -28,6 +28,7 @@ class ResidualMLP(nn.Module):
         frequencies: angular frequencies of "smooth".
         fourier_scale: standard deviation of the frequencies of "fourier".
         num_classes: labels are `0 ... num_classes - 1`, and `num_classes` is the null label. None: no labels.
+        out_channels: size of the output's last axis; None is x's.
         dtype: of the computation, such as bfloat16; None is x's. Parameters are float32, the last layer is in x's.
     """
 
@@ -39,6 +40,7 @@ class ResidualMLP(nn.Module):
     frequencies: tuple[float, ...] = SMOOTH_FREQUENCIES
     fourier_scale: float = 16.0
     num_classes: int | None = None
+    out_channels: int | None = None
     dtype: jnp.dtype | None = None
 
     @nn.compact
@@ -52,7 +54,7 @@ class ResidualMLP(nn.Module):
             train: dropout on; `apply` then needs `rngs={"dropout": key}`.
 
         Returns:
-            Shape and dtype of x.
+            Shape of x, but for `out_channels` on the last axis, and dtype of x.
 
         Raises:
             ValueError: wrong shapes, labels for a network without.
@@ -84,4 +86,5 @@ class ResidualMLP(nn.Module):
             y = nn.Dropout(self.dropout, deterministic=not train)(nn.swish(y))
             h = h + dense(self.width, f"block_{i}_dense_1", scale=0.0)(y)
         h = nn.swish(GroupNorm(1, dtype=dtype, name="head_norm")(h))
-        return dense(size, "head", scale=0.0, dtype=x.dtype)(h).reshape(x.shape)
+        shape = (*x.shape[:-1], self.out_channels or x.shape[-1])
+        return dense(int(np.prod(shape[1:])), "head", scale=0.0, dtype=x.dtype)(h).reshape(shape)

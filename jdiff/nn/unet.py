@@ -37,6 +37,7 @@ class UNet(nn.Module):
         frequencies: angular frequencies of "smooth".
         fourier_scale: standard deviation of the frequencies of "fourier".
         num_classes: labels are `0 ... num_classes - 1`, and `num_classes` is the null label. None: no labels.
+        out_channels: channels of the output; None is x's.
         rescale: divide every residual sum by sqrt(2).
         dtype: of the computation, such as bfloat16; None is x's. Parameters are float32, the last layer is in x's.
     """
@@ -51,6 +52,7 @@ class UNet(nn.Module):
     frequencies: tuple[float, ...] = SMOOTH_FREQUENCIES
     fourier_scale: float = 16.0
     num_classes: int | None = None
+    out_channels: int | None = None
     rescale: bool = True
     dtype: jnp.dtype | None = None
 
@@ -65,7 +67,7 @@ class UNet(nn.Module):
             train: dropout on; `apply` then needs `rngs={"dropout": key}`.
 
         Returns:
-            Shape and dtype of x.
+            `(batch, height, width, out_channels)` in the dtype of x.
 
         Raises:
             ValueError: wrong shapes, a height or width that the levels cannot halve, labels for a network without.
@@ -114,7 +116,7 @@ class UNet(nn.Module):
                 h = block(h.shape[-1], resample=upsample, name=f"up_{level}_resample")(h, emb, train=train)
 
         h = nn.swish(GroupNorm(dtype=dtype, name="head_norm")(h))
-        return conv(x.shape[-1], scale=0.0, dtype=x.dtype, name="head")(h)
+        return conv(self.out_channels or x.shape[-1], scale=0.0, dtype=x.dtype, name="head")(h)
 
 
 def ddpmpp(noise_level: Callable[[Array], Array], *, size: str = "full", **changes) -> UNet:

@@ -1,0 +1,128 @@
+"""A transformer on image patches, for small images: matrix products only, which CPUs compile and run well."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jdiff._typing import Array
+from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning, initializer
+from jdiff.nn.normalisation import GroupNorm, at_least_float32
+
+
+class PatchTransformer(nn.Module):
+    """Attention and MLP blocks on patches, each scaled and shifted by the noise level and label.
+
+        h <- h + dropout(attention(modulate(norm(h))))
+        h <- h + dropout(dense(dropout(swish(dense(modulate(norm(h)))))))
+
+    modulate(y) = (1 + scale) y + shift with [scale, shift] = dense(emb), zero at the start: the adaptive norm of DiT,
+    Peebles & Xie 2023 (arXiv 2212.09748), without its gates. Positions are learned, and so is a bias for each pair of
+    them in every head.
+
+    Attributes:
+        noise_level: `(batch,) -> (batch,)`, from the time to what `embedding` embeds, log-SNR for "smooth" (see
+            `Conditioning`).
+        width: channels of a token.
+        depth: number of blocks.
+        heads: attention heads, a divisor of `width`.
+        patch: side of a patch in pixels, a divisor of height and width.
+        expansion: hidden units of the MLP over `width`.
+        dropout: rate, in training only.
+        embedding: "smooth", "positional" or "fourier".
+        frequencies: angular frequencies of "smooth".
+        fourier_scale: standard deviation of the frequencies of "fourier".
+        num_classes: labels are `0 ... num_classes - 1`, and `num_classes` is the null label. None: no labels.
+        out_channels: channels of the output; None is x's.
+        dtype: of the computation, such as bfloat16; None is x's. Parameters are float32, the last layer is in x's.
+    """
+
+    noise_level: Callable[[Array], Array]
+    width: int = 96
+    depth: int = 4
+    heads: int = 4
+    patch: int = 2
+    expansion: int = 2
+    dropout: float = 0.0
+    embedding: str = "smooth"
+    frequencies: tuple[float, ...] = SMOOTH_FREQUENCIES
+    fourier_scale: float = 16.0
+    num_classes: int | None = None
+    out_channels: int | None = None
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, t: Array, cond: Array | None = None, *, train: bool = False) -> Array:
+        """Evaluate the network.
+
+        Args:
+            x: `(batch, height, width, c)`, of order 1.
+            t: `(batch,)`.
+            cond: labels `(batch,)`, integer; None is the null label. A label out of range gives NaN.
+            train: dropout on; `apply` then needs `rngs={"dropout": key}`.
+
+        Returns:
+            `(batch, height, width, out_channels)` in the dtype of x.
+
+        Raises:
+            ValueError: wrong shapes, a height or width that `patch` does not divide, heads that do not divide `width`,
+                labels for a network without.
+            TypeError: x or t not floating, labels not integer.
+        """
+        dtype, p = self.dtype or x.dtype, self.patch
+        if x.ndim != 4 or x.shape[1] % p or x.shape[2] % p:
+            raise ValueError(f"x must be (batch, height, width, channels) of multiples of patch = {p}, got {x.shape}")
+        if self.width % self.heads:
+            raise ValueError(f"heads = {self.heads} must divide width = {self.width}")
+        batch, rows, columns, channels = x.shape[0], x.shape[1] // p, x.shape[2] // p, x.shape[3]
+        tokens = rows * columns
+
+        def dense(units, name, scale=1.0, dtype=dtype):
+            return nn.Dense(units, kernel_init=initializer(scale), dtype=dtype, name=name)
+
+        def drop(h):
+            return nn.Dropout(self.dropout, deterministic=not train)(h) if self.dropout else h
+
+        emb = Conditioning(
+            self.noise_level,
+            2 * self.width,
+            embedding=self.embedding,
+            features=2 * self.width,
+            frequencies=self.frequencies,
+            fourier_scale=self.fourier_scale,
+            num_classes=self.num_classes,
+            dtype=dtype,
+            name="conditioning",
+        )(x, t, cond)
+        emb = nn.swish(emb)
+
+        def modulate(h, name):
+            norm = GroupNorm(1, affine=False, dtype=dtype)(h.reshape(batch * tokens, self.width)).reshape(h.shape)
+            scale, shift = jnp.split(dense(2 * self.width, name, scale=0.0)(emb)[:, None], 2, axis=-1)
+            return norm * (1 + scale) + shift
+
+        patches = x.reshape(batch, rows, p, columns, p, channels).transpose(0, 1, 3, 2, 4, 5)
+        h = dense(self.width, "stem")(patches.reshape(batch, tokens, p * p * channels))
+        positions = self.param("positions", nn.initializers.normal(0.5), (tokens, self.width), jnp.float32)
+        h = h + positions.astype(dtype)[None]
+        for i in range(self.depth):
+            y = dense(3 * self.width, f"block_{i}_qkv")(modulate(h, f"block_{i}_film_0"))
+            bias = self.param(f"block_{i}_bias", nn.initializers.zeros, (self.heads, tokens, tokens), jnp.float32)
+            y = _attend(y.reshape(batch, tokens, 3, self.heads, self.width // self.heads), bias)
+            h = h + drop(dense(self.width, f"block_{i}_proj", scale=0.1)(y))
+            y = nn.swish(dense(self.expansion * self.width, f"block_{i}_dense_0")(modulate(h, f"block_{i}_film_1")))
+            h = h + drop(dense(self.width, f"block_{i}_dense_1", scale=0.1)(drop(y)))
+        h = nn.swish(modulate(h, "head_film"))
+        out = self.out_channels or channels
+        h = dense(p * p * out, "head", scale=0.0, dtype=x.dtype)(h)
+        h = h.reshape(batch, rows, columns, p, p, out).transpose(0, 1, 3, 2, 4, 5)
+        return h.reshape(batch, rows * p, columns * p, out)
+
+
+def _attend(qkv, bias):
+    """Softmax attention over tokens, `(batch, tokens, 3, heads, dim) -> (batch, tokens, heads dim)`."""
+    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    logits = at_least_float32(jnp.einsum("bthd,bshd->bhts", q, k)) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(logits + bias.astype(logits.dtype)[None], axis=-1).astype(v.dtype)
+    return jnp.einsum("bhts,bshd->bthd", weights, v).reshape(*qkv.shape[:2], -1)
