@@ -120,7 +120,7 @@ class VE:
     def marginal(self, t):
         """Return alpha(t), sigma(t)."""
         ratio = jnp.log(self.sigma_max / self.sigma_min)
-        return jnp.ones_like(t), self.sigma_min * jnp.exp(t * ratio.astype(t.dtype))
+        return jnp.ones_like(t), self.sigma_min * jnp.exp(t * ratio.astype(jnp.result_type(t)))
 
     def time_at(self, log_snr):
         """Return t at a given log alpha^2/sigma^2."""

@@ -198,6 +198,13 @@ def test_time_at_stays_in_the_range_of_time(process):
     np.testing.assert_allclose(times[::3], [0, process.t_max], atol=1e-6)
 
 
+def test_marginal_of_a_numpy_float64():
+    """Without x64 it is float32, silently, for every process."""
+    for process in BUILT_IN:
+        assert all(c.dtype == jnp.float32 for c in map(jnp.asarray, processes.rates(process, np.float64(0.5))))
+        assert all(jnp.asarray(c).dtype == jnp.float32 for c in process.marginal(np.array([0.5])))
+
+
 def test_time_at_of_integers_and_scalars():
     np.testing.assert_allclose(processes.time_at(jdiff.Rectified(), 0), 0.5, rtol=1e-6)
     np.testing.assert_allclose(processes.log_snr(jdiff.EDM(), 1), 0, atol=1e-6)

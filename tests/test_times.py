@@ -142,7 +142,7 @@ def test_log_normal_times_are_log_normal():
 
 
 def test_a_uniform_share_bounds_the_weights():
-    """Alone the normal's weight grows without bound in its tails; with a share u it is at most 1/u of `importance`'s."""
+    """Alone the normal's weight is unbounded in its tails; with a share u it is at most 1/u of `importance`'s."""
     process, index = jdiff.VP(), jnp.arange(TOTAL)
     t, weight = times.log_normal(jax.random.key(5), process, index, TOTAL, std=0.8, uniform=0.25)
     most, least = (processes.log_snr(process, end) for end in (process.t_min, process.t_max))
