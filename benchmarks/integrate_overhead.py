@@ -1,4 +1,4 @@
-"""Cost of `integrate` over the network alone: 50 solver steps against a `lax.scan` of 50 bare calls of the demo's network.
+"""Cost of `integrate` over the network alone: 50 solver steps against a `lax.scan` of 50 bare network calls.
 
     python -m benchmarks.integrate_overhead [--workdir runs/digits]
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.likelihood_pareto [--workdir runs/digits]
 
-The classical protocol (Song et al. 2021, arXiv 2011.13456, section 4.3, as its code runs it) is written out below: SciPy's
-RK45 on the host over the flattened batch with one joint error norm, drift and reverse-mode divergence as two device calls.
-Both sides get the same images, dequantisation and Rademacher probe; the truth is a float64 solve at 1e-9.
+The classical protocol (Song et al. 2021, arXiv 2011.13456, section 4.3, as its code runs it) is written out below:
+SciPy's RK45 on the host over the flattened batch with one joint error norm, drift and reverse-mode divergence as two
+device calls. Both sides get the same images, dequantisation and Rademacher probe; the truth is a float64 solve at 1e-9.
 """
 
 from __future__ import annotations

@@ -51,9 +51,8 @@ def demo(config: ConfigDict, run: Run, *, name: str) -> int:
     report.write(run, config, summary, table, [c["solver"] for c in _SAMPLERS])
     print(likelihood.report(summary))
     for label, row in table.items():
-        print(
-            f"  {label:18s} {row['bits_per_dim']:.3f}   model is {row['gain']:+.3f} +- {row['gain_error']:.3f} better (paired)"
-        )
+        gain = f"{row['gain']:+.3f} +- {row['gain_error']:.3f}"
+        print(f"  {label:18s} {row['bits_per_dim']:.3f}   the model is better by {gain} (paired)")
     print(
         f"training {trained - begin:.0f} s, likelihood and yardsticks {evaluated - trained:.0f} s, "
         f"samples {sampled - evaluated:.0f} s, all {time.perf_counter() - begin:.0f} s"

@@ -13,9 +13,11 @@ from experiments.artefacts import Run, read_json
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
-table { border-collapse: collapse; } td, th { padding: .25rem .9rem; border-bottom: 1px solid #ddd; text-align: right; }
+table { border-collapse: collapse; } td, th { padding: .25rem .9rem; text-align: right; }
+td, th { border-bottom: 1px solid #ddd; }
 td:first-child, th:first-child { text-align: left; }
-img { max-width: 100%; image-rendering: pixelated; } figure { margin: 1rem 0; display: inline-block; vertical-align: top; }
+img { max-width: 100%; image-rendering: pixelated; }
+figure { margin: 1rem 0; display: inline-block; vertical-align: top; }
 figcaption, small { color: #666; } pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: .8rem; }
 .number { font-size: 1.4rem; }
 """
@@ -51,7 +53,8 @@ def write(run: Run, config: ConfigDict, summary: dict, table: dict, solvers: lis
 """
     run.write(
         "report.html",
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>jdiff: {html.escape(config.data.name)}</title>'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>jdiff: {html.escape(config.data.name)}</title>"
         f"<style>{_STYLE}</style></head><body>{body}</body></html>\n",
     )
 

@@ -25,6 +25,7 @@ from experiments.artefacts import Metrics, Run, read_jsonl
 from jdiff import checkpoint, data, parallel, training
 
 INTERRUPTED = 130
+_IN_MEMORY_BYTES = 2**28
 
 
 def train(config: ConfigDict, run: Run) -> int:
@@ -45,13 +46,15 @@ def train(config: ConfigDict, run: Run) -> int:
     _check_batch(config, mesh, source)
     run.open(config)
 
+    if len(source) * math.prod(source.shape) < _IN_MEMORY_BYTES:
+        source = source.in_memory()
     # Shapes first, a checkpoint where there is one, arrays last.
     tx = build.optimiser(config)
     like = _state_shapes(config, described, tx)
     key = jax.random.key(config.seed)
     init_key, train_key, validation_key = (jax.random.fold_in(key, n) for n in range(3))
     batches = data.batches(
-        source.in_memory() if len(source) * math.prod(source.shape) < 2**28 else source,
+        source,
         c.batch_size,
         seed=config.seed,
         process_index=jax.process_index(),
