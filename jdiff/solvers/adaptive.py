@@ -98,7 +98,7 @@ def integrate_adaptive(
     t0, t1 = batch_time(t0, x), batch_time(t1, x)
     if is_concrete(t0) and is_concrete(t1) and bool((t0 == t1).any()):
         raise ValueError("t0 and t1 must differ")
-    # Adding a zero of x makes every carry vary over devices as x does, which shard_map checks.
+    # Adding a zero of x makes every carry vary over devices as x does, which shard_map checks, whatever the drift is.
     zero = sum(full_like_batch(leaf, 0).astype(t0.dtype) for leaf in jax.tree.leaves(x))
     t0, t1 = t0 + zero, t1 + zero
     x = _add(x, zero)
@@ -115,7 +115,12 @@ def integrate_adaptive(
         # A non-finite stage is an error too large to accept, not a NaN to carry.
         return jnp.where(jnp.isfinite(largest), largest, jnp.inf)
 
-    slope, h = _first_step(ode, tableau, norm, x, t0, t1, direction)
+    def drift(x, t):
+        return _add(call(ode.drift, x, t), zero)
+
+    slope, h = _first_step(drift, tableau, norm, x, t0, t1, direction)
+    # Where the first slope is not finite no step is small enough.
+    sound = jnp.all(jnp.stack([_finite(leaf) for leaf in jax.tree.leaves(slope)]), axis=0)
     counter = zero.astype(jnp.int32)
 
     def any_active(carry):
@@ -127,7 +132,7 @@ def integrate_adaptive(
         # Take the end exactly, and do not leave a sliver behind it.
         last = jnp.abs(remaining) <= 1.01 * jnp.abs(carry.h)
         h = jnp.where(carry.active, jnp.where(last, remaining, carry.h), 0)
-        slopes = _stages(ode.drift, tableau, carry.x, carry.t, h, carry.slope)
+        slopes = _stages(drift, tableau, carry.x, carry.t, h, carry.slope)
         x_new = lincomb((1.0, carry.x), (h, _weighted(tableau.b, slopes)))
         error = norm(lincomb((h, _weighted(tableau.error, slopes))), carry.x, x_new)
         accept = carry.active & (error <= 1)
@@ -179,7 +184,7 @@ def check_tolerances(rtol: float, atol: float) -> None:
             raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
-def _first_step(ode, tableau, norm, x, t0, t1, direction):
+def _first_step(drift, tableau, norm, x, t0, t1, direction):
     """Return the first slope and a first step per example (Hairer, Norsett & Wanner 1993, section II.4)."""
     zeros = jax.tree.map(jnp.zeros_like, x)
 
@@ -192,7 +197,7 @@ def _first_step(ode, tableau, norm, x, t0, t1, direction):
     # The slope at t0 and the one a little ahead, as two turns of a loop: the drift is compiled once.
     def turn(n, slopes):
         h = n * length(slopes[0])[0] * direction
-        slope = call(ode.drift, lincomb((1.0, x), (h, slopes[0])), t0 + h)
+        slope = drift(lincomb((1.0, x), (h, slopes[0])), t0 + h)
         return jax.tree.map(lambda new, old: jnp.where(n == 0, new, old), slope, slopes[0]), slope
 
     slope, ahead = jax.lax.fori_loop(0, _FIRST_EVALUATIONS, turn, (zeros, zeros))
@@ -218,7 +223,7 @@ def _stages(drift, tableau, x, t, h, first):
     slopes = jax.tree.map(lambda k: jnp.zeros_like(k, shape=(count, *k.shape)).at[0].set(k), first)
 
     def stage(i, slopes):
-        slope = call(drift, lincomb((1.0, x), (h, _weighted(rows[i], slopes))), t + c[i] * h)
+        slope = drift(lincomb((1.0, x), (h, _weighted(rows[i], slopes))), t + c[i] * h)
         return jax.tree.map(lambda all_, k: all_.at[i].set(k), slopes, slope)
 
     return jax.lax.fori_loop(1, count, stage, slopes)
