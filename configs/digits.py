@@ -21,9 +21,11 @@ def get_config(mode: str = "full") -> ConfigDict:
     c.data.validation = "validation"
     c.network.name = "transformer"
     c.network.options = ConfigDict({"width": 96, "depth": 3, "heads": 4, "patch": 2, "dropout": 0.1})
+    c.network.conditional = True
     c.network.precondition = "levels"
     c.network.predict = "eps"
     c.loss.weight.name = "likelihood"
+    c.loss.label_dropout = 0.5  # likelihoods are unconditional, samples are drawn by class
     c.loss.times.name = "log_normal"
     c.loss.times.options = ConfigDict({"mean": math.log(0.4), "std": 1.2, "uniform": 0.1})
     c.optimiser.learning_rate = 3e-3
@@ -41,8 +43,12 @@ def get_config(mode: str = "full") -> ConfigDict:
     c.sampling.solver = "heun"
     c.sampling.grid = "uniform_log_snr"
     c.sampling.steps = 40
+    c.sampling.number = c.sampling.batch_size = 100
+    c.sampling.label = "cycle"
+    c.sampling.guidance = 1.5
     if mode == "smoke":
         c.training.steps = 4
+        c.optimiser.warmup = 1
         c.training.log_every = c.training.validate_every = c.training.checkpoint_every = 2
         c.likelihood.images = c.likelihood.batch_size = 8
         c.likelihood.draws = 1

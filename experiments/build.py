@@ -6,13 +6,14 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import jdiff
-from jdiff import losses, nn, predictions, processes, solvers, times, training
+from jdiff import guidance, losses, nn, predictions, processes, solvers, times, training
 from jdiff.levels import level_field
 from jdiff.transforms import DataTransform, random_flip
 
@@ -182,6 +183,15 @@ def field(config: ConfigDict, module, params, statistics: dict, **as_field_optio
     return predictions.precondition(process(config), net, std, mean=mean, predict=config.network.predict)
 
 
+def guided(config: ConfigDict, module, params, statistics: dict, cond) -> jdiff.Field:
+    """Return the field that samples are drawn with: for labels (batch,), or None; guided by config.sampling.guidance."""
+    if cond is None or config.sampling.guidance == 1:
+        return field(config, module, params, statistics, cond=cond)
+    null = jnp.full_like(cond, module.num_classes)
+    conditional = lambda x, t, cond: field(config, module, params, statistics, cond=cond)(x, t)
+    return guidance.classifier_free(conditional, cond, null, config.sampling.guidance)
+
+
 def model_space(config: ConfigDict, data_transform: DataTransform, key: jax.Array, images: jax.Array) -> jax.Array:
     """Return images as the network is trained on them: dequantised or rescaled, flipped where asked."""
     noise, mirror = _fold(key, 0), _fold(key, 1)
@@ -288,6 +298,19 @@ def denoiser(config: ConfigDict, trained: jdiff.Field) -> jdiff.Field:
 
 def check(config: ConfigDict) -> None:
     """Raise ValueError for what could not be built, before data are read or code is compiled."""
+    for path in (
+        "training.steps", "training.batch_size", "training.log_every", "training.validate_every",
+        "training.checkpoint_every", "training.keep", "likelihood.batch_size", "likelihood.probes",
+        "likelihood.draws", "sampling.number", "sampling.batch_size", "sampling.steps",
+        "likelihood.rtol", "likelihood.atol", "optimiser.learning_rate",
+    ):  # fmt: skip
+        group, name = path.split(".")
+        if not 0 < config[group][name] < math.inf:
+            raise ValueError(f"{path} must be positive and finite, got {config[group][name]}")
+    for path in ("likelihood.t_min", "likelihood.images", "sampling.t_min", "sampling.eta", "sampling.guidance"):
+        group, name = path.split(".")
+        if not 0 <= config[group][name] < math.inf:
+            raise ValueError(f"{path} must be finite and not negative, got {config[group][name]}")
     process(config)
     pick(NETWORKS, config.network.name, "network.name")
     network(config, channels=1, levels=2, classes=2)
@@ -302,19 +325,6 @@ def check(config: ConfigDict) -> None:
     solver(config, lambda x, t: x)
     optimiser(config)
     grid(config)
-    for path in (
-        "training.steps", "training.batch_size", "training.log_every", "training.validate_every",
-        "training.checkpoint_every", "training.keep", "likelihood.batch_size", "likelihood.probes",
-        "likelihood.draws", "sampling.number", "sampling.batch_size", "sampling.steps",
-        "likelihood.rtol", "likelihood.atol",
-    ):  # fmt: skip
-        group, name = path.split(".")
-        if not config[group][name] > 0:
-            raise ValueError(f"{path} must be positive, got {config[group][name]}")
-    for path in ("likelihood.t_min", "likelihood.images", "sampling.t_min", "sampling.eta"):
-        group, name = path.split(".")
-        if not config[group][name] >= 0:
-            raise ValueError(f"{path} must not be negative, got {config[group][name]}")
     if not 0 <= config.loss.label_dropout <= 1:
         raise ValueError(f"loss.label_dropout must be in [0, 1], got {config.loss.label_dropout}")
     if not 0 <= config.training.ema_decay < 1:
