@@ -66,7 +66,8 @@ def defaults() -> ConfigDict:
     c.sampling.number = 64
     c.sampling.batch_size = 64
     c.sampling.seed = 0
-    c.sampling.label = -1  # class to draw; -1: unconditional
+    c.sampling.label = "null"  # null: unconditional; cycle: image i of class i mod classes; or a class, "3"
+    c.sampling.guidance = 1.0  # classifier-free scale; 1: none
     c.sampling.t_min = 0.0  # 0: the process's own
     c.sampling.denoise = True  # one last x0 prediction
     c.sampling.eta = 1.0  # stochasticity of ddim and of the reverse SDE

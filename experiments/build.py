@@ -184,7 +184,7 @@ def field(config: ConfigDict, module, params, statistics: dict, **as_field_optio
 
 
 def guided(config: ConfigDict, module, params, statistics: dict, cond) -> jdiff.Field:
-    """Return the field that samples are drawn with: for labels (batch,), or None; guided by config.sampling.guidance."""
+    """Return the field that samples are drawn with, for labels (batch,) or None, guided by sampling.guidance."""
     if cond is None or config.sampling.guidance == 1:
         return field(config, module, params, statistics, cond=cond)
     null = jnp.full_like(cond, module.num_classes)

@@ -38,16 +38,13 @@ def sample(config: ConfigDict, run: Run) -> np.ndarray:
     source = data.load(config.data.name, config.data.train)
     trained = model.load(config, run, source)
     described = trained.model
-    if c.label >= 0 and not (config.network.conditional and c.label < described.classes):
-        known = f"0 to {described.classes - 1}" if config.network.conditional else "none: it is unconditional"
-        raise ValueError(f"sampling.label = {c.label}: the labels of this model are {known}")
+    labels = _labels(config, described)
     ts = build.grid(config)
     size = min(c.batch_size, c.number)
 
     @jax.jit
-    def draw(params, statistics, keys):
-        cond = jnp.full(keys.shape, c.label, jnp.int32) if c.label >= 0 else None
-        field = build.field(config, described.module, params, statistics, cond=cond)
+    def draw(params, statistics, keys, cond):
+        field = build.guided(config, described.module, params, statistics, cond)
         denoise = build.denoiser(config, field) if c.denoise else None
         x, path = draw_samples(
             keys,
@@ -66,21 +63,42 @@ def sample(config: ConfigDict, run: Run) -> np.ndarray:
     for first in tqdm(
         range(0, c.number, size), desc=f"sample {c.solver}", unit="batch", disable=not sys.stderr.isatty()
     ):
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(first, first + size))
-        x, path, times = draw(trained.params, trained.statistics, keys)
+        index = jnp.arange(first, first + size)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+        x, path, times = draw(trained.params, trained.statistics, keys, None if labels is None else labels(index))
         if not bool(jnp.isfinite(x).all()):
             raise FloatingPointError(f"{c.solver} gave samples that are not finite; use more sampling.steps")
         images.append(np.asarray(described.transform.inverse(x)))
         strip = _strip(config, described, path, times, x) if strip is None else strip
     images = np.concatenate(images)[: c.number]
-    label = f"_class{c.label}" if c.label >= 0 else ""
+    label = f"_class{c.label}" if c.label.isdecimal() else ""
     levels = described.transform.levels
-    pictures.grid(run / f"samples_{c.solver}{label}.png", images, levels)
+    columns = described.classes if c.label == "cycle" else None
+    pictures.grid(run / f"samples_{c.solver}{label}.png", images, levels, columns=columns)
     pictures.grid(run / f"trajectory_{c.solver}{label}.png", strip, levels, columns=_STRIP_TIMES + 1)
     packed = io.BytesIO()
     np.savez_compressed(packed, images=images, levels=levels, seed=c.seed, step=trained.step)
     run.write(f"samples_{c.solver}{label}.npz", packed.getvalue())
     return images
+
+
+def _labels(config, described):
+    """Return index -> labels of the images with these numbers, or None for unconditional samples.
+
+    Raises:
+      ValueError: a label that the model does not have.
+    """
+    label = config.sampling.label
+    if label == "null":
+        return None
+    if not config.network.conditional:
+        raise ValueError(f"sampling.label = {label!r}, but the model has no labels: it is unconditional")
+    if label == "cycle":
+        return lambda index: (index % described.classes).astype(jnp.int32)
+    if not label.isdecimal() or int(label) >= described.classes:
+        known = f"null, cycle, or 0 to {described.classes - 1}"
+        raise ValueError(f"sampling.label = {label!r} is unknown; it may be {known}")
+    return lambda index: jnp.full(index.shape, int(label), jnp.int32)
 
 
 def _strip(config, described, path, times, last):
@@ -98,7 +116,7 @@ def main() -> None:
     flags.DEFINE_integer("steps", None, "instead of sampling.steps")
     flags.DEFINE_integer("number", None, "instead of sampling.number")
     flags.DEFINE_integer("seed", None, "instead of sampling.seed")
-    flags.DEFINE_integer("class", None, "instead of sampling.label")
+    flags.DEFINE_string("class", None, "instead of sampling.label: a class, cycle or null")
 
     def run(config, folder):
         for flag, field in (

@@ -4,7 +4,20 @@ A forward process is two functions of time, a network is any callable, a solver 
 `jdiff.data`, `jdiff.checkpoint`, `jdiff.parallel` and `jdiff.importers` are imported by name when they are needed.
 """
 
-from jdiff import analytic, likelihood, losses, predictions, processes, sampling, sde, solvers, times
+from jdiff import (
+    analytic,
+    guidance,
+    levels,
+    likelihood,
+    losses,
+    predictions,
+    processes,
+    sampling,
+    sde,
+    solvers,
+    times,
+    transforms,
+)
 from jdiff._typing import Field, Kind, Process
 from jdiff.likelihood import LogLikelihood, log_likelihood
 from jdiff.predictions import convert, precondition, reparameterise
@@ -29,6 +42,8 @@ __all__ = [
     "analytic",
     "convert",
     "forward",
+    "guidance",
+    "levels",
     "likelihood",
     "log_likelihood",
     "losses",
@@ -44,4 +59,5 @@ __all__ = [
     "sde",
     "solvers",
     "times",
+    "transforms",
 ]
