@@ -1,4 +1,7 @@
-"""Orders of convergence, measured against exact flows and exact moments. A new solver is one new row of a table.
+"""Orders of convergence, measured against exact flows and exact moments.
+
+A new solver is one new row of a table here, DETERMINISTIC or STOCHASTIC: test_solvers_fixed.py and test_mapping.py read
+them too.
 
 Everything runs in float64, in uniform steps of log(alpha/sigma) from -2 to 2.5, on every process of the library.
 """
@@ -40,7 +43,7 @@ TARGETS = {"gaussian": gaussian, "mixture": mixture}
 
 
 class Deterministic(NamedTuple):
-    """A solver of the probability flow: `make(process, exact)` builds it from the exact fields of a target.
+    """A solver of the probability flow: `make(process, denoise)` builds it from an x0-field.
 
     A multistep method also says what its memory holds where the exact flow has led to x: `memory(exact, x, ts, ls)`,
     where ts are the present time and the ones before it and ls their log(alpha/sigma). `shipped` is the order
@@ -54,8 +57,8 @@ class Deterministic(NamedTuple):
     faster: dict | None = None
 
 
-def flow(process, exact):
-    return sde.probability_flow(process, exact.score)
+def flow(process, denoise):
+    return sde.probability_flow(process, denoise, predict="x0")
 
 
 def dpmpp_2m_memory(exact, x, ts, ls):
@@ -63,21 +66,21 @@ def dpmpp_2m_memory(exact, x, ts, ls):
 
 
 DETERMINISTIC = {
-    "euler": Deterministic(lambda process, exact: solvers.euler(flow(process, exact))),
+    "euler": Deterministic(lambda process, denoise: solvers.euler(flow(process, denoise))),
     "midpoint": Deterministic(
-        lambda process, exact: solvers.midpoint(flow(process, exact)),
+        lambda process, denoise: solvers.midpoint(flow(process, denoise)),
         # Its leading error for x' = a(t) x is a'' + 6 a a' + 4 a^3: zero where x^2 (the variance) is quadratic in t.
         faster={("gaussian", "EDM"): 3, ("gaussian", "Rectified"): 3},
     ),
-    "heun": Deterministic(lambda process, exact: solvers.heun(flow(process, exact))),
-    "rk4": Deterministic(lambda process, exact: solvers.rk4(flow(process, exact))),
-    "ddim": Deterministic(lambda process, exact: solvers.ddim(process, exact.denoise)),
-    "dpmpp_2m": Deterministic(lambda process, exact: solvers.dpmpp_2m(process, exact.denoise), memory=dpmpp_2m_memory),
+    "heun": Deterministic(lambda process, denoise: solvers.heun(flow(process, denoise))),
+    "rk4": Deterministic(lambda process, denoise: solvers.rk4(flow(process, denoise))),
+    "ddim": Deterministic(lambda process, denoise: solvers.ddim(process, denoise)),
+    "dpmpp_2m": Deterministic(lambda process, denoise: solvers.dpmpp_2m(process, denoise), memory=dpmpp_2m_memory),
 }
 
 
 class Stochastic(NamedTuple):
-    """A solver of the reverse SDE with diffusion eta g: `make(process, exact, noise)` builds it.
+    """A solver of the reverse SDE with diffusion eta g: `make(process, denoise, noise)` builds it.
 
     Its step must be affine in the state and the noise where the denoiser is affine in the state. `of_sigma`: with
     diffusion eta sigma where the process ends without signal, as `sde.reverse` has it.
@@ -89,20 +92,20 @@ class Stochastic(NamedTuple):
 
 
 def maruyama(eta):
-    def make(process, exact, noise):
-        return solvers.euler_maruyama(sde.reverse(process, exact.score, eta=eta), noise=noise)
+    def make(process, denoise, noise):
+        return solvers.euler_maruyama(sde.reverse(process, denoise, predict="x0", eta=eta), noise=noise)
 
     return Stochastic(make, eta, of_sigma=True)
 
 
 def ancestral(variance):
     return Stochastic(
-        lambda process, exact, noise: solvers.ancestral(process, exact.denoise, variance=variance, noise=noise)
+        lambda process, denoise, noise: solvers.ancestral(process, denoise, variance=variance, noise=noise)
     )
 
 
 def ddim(eta):
-    return Stochastic(lambda process, exact, noise: solvers.ddim(process, exact.denoise, eta, noise=noise), eta)
+    return Stochastic(lambda process, denoise, noise: solvers.ddim(process, denoise, eta, noise=noise), eta)
 
 
 STOCHASTIC = {
@@ -132,7 +135,7 @@ def problem(target, name):
     """The exact fields of a target, the states where solvers start, and where the exact flow takes them."""
     process = PROCESSES[name]()
     exact = TARGETS[target](process)
-    exact = exact._replace(**{name: jax.jit(getattr(exact, name)) for name in ("denoise", "score", "flow")})
+    exact = exact._replace(**{name: jax.jit(getattr(exact, name)) for name in ("denoise", "flow")})
     first, last = times(process, 0.0), times(process, 1.0)
     alpha, sigma = process.marginal(first)
     spread = jnp.sqrt(0.5 * alpha**2 + sigma**2)
@@ -167,7 +170,7 @@ WEAK_STEPS = (1280, 2560, 5120)
 def flow_slope(problem, case, *, exact_start):
     """Order of a solver of the flow on one problem, by the RMS error over the starting points."""
     process, exact, x, end = problem
-    solver = case.make(process, exact)
+    solver = case.make(process, exact.denoise)
     runner = run(process, lambda state, t, s: solver.step(None, state, t, s))
     errors = []
     for n in STEPS[solver.order]:
@@ -198,7 +201,7 @@ def test_order(name, target, process, x64, record_property):
 def test_encoding_has_the_same_order(name, x64):
     """From data to noise: the flow run the other way."""
     case, (process, exact, x, end) = DETERMINISTIC[name], problem("gaussian", "VP")
-    solver = case.make(process, exact)
+    solver = case.make(process, exact.denoise)
 
     @jax.jit
     def runner(state, n):
@@ -217,7 +220,7 @@ def affine(make, process):
     There x_s = a x_t + b + c z; four examples with x and z in {0, 1} give a, b, c and show that the step is affine.
     """
     z = jnp.array([0.0, 0.0, 1.0, 1.0])[:, None]
-    solver = make(process, gaussian(process), lambda keys, x, t, s: z)
+    solver = make(process, gaussian(process).denoise, lambda keys, x, t, s: z)
 
     def step(moments, t, s):
         mean, variance, defect = moments
@@ -263,7 +266,7 @@ def test_weak_order(name, process, x64, record_property):
         *got, defect = runner((*jnp.array(start), jnp.zeros(())), jnp.asarray(n))
         assert defect < 1e-12
         errors.append(np.abs(np.array(got) - end))
-    order = case.make(process, gaussian(process), solvers.white).order
+    order = case.make(process, gaussian(process).denoise, solvers.white).order
     of_mean, of_variance = np.array(errors).T
     measured = slope(WEAK_STEPS, of_variance)
     record_property("slope of the variance", float(measured))

@@ -83,6 +83,7 @@ def dpmpp_2m(process: Process, denoise: Field) -> Solver:
         slope = jnp.where(jnp.isfinite(h), h, 0) / (2 * h_before)
         gain = -alpha_s * jnp.expm1(-h)
         x = lincomb((sigma_s / sigma_t, x), (gain * (1 + slope), x0), (-gain * slope, x0_before))
-        return State(x, (x0, h))
+        # The zero makes h vary over devices as x does, as shard_map asks of what is carried.
+        return State(x, (x0, h + full_like_batch(x, 0)))
 
     return Solver(init, step, 2)

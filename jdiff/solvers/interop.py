@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from jdiff._array import call
 from jdiff.sde import SDE
 
 __all__ = ["to_diffrax"]
 
 
-def to_diffrax(sde: SDE, brownian_motion=None):
+def to_diffrax(sde: SDE | Callable[[Any], SDE], brownian_motion=None):
     """Return diffrax terms for an SDE of ours (diffrax is an optional dependency: `pip install jdiff[diffrax]`).
 
     The state keeps its leading batch axis; diffrax's scalar t reaches the field as (batch,). diffrax then takes one
     step size for the whole batch; `jax.vmap` over examples of batch one gives each its own.
 
     Args:
-      sde: drift, and diffusion where brownian_motion is given.
+      sde: drift, and diffusion where brownian_motion is given; or a function of diffrax's `args` that builds it. Of
+        values closed over, `BacksolveAdjoint` takes no traced ones: it needs the parameters in `args`.
       brownian_motion: a diffrax Brownian path with the shape of the state; None for an ODE.
 
     Returns:
@@ -32,13 +36,19 @@ def to_diffrax(sde: SDE, brownian_motion=None):
     except ImportError as error:
         raise ImportError("to_diffrax needs diffrax: pip install jdiff[diffrax]") from error
 
-    if (sde.diffusion is None) != (brownian_motion is None):
-        raise ValueError("a Brownian motion and a diffusion belong together: give both, or neither")
-    drift = diffrax.ODETerm(lambda t, y, args: call(sde.drift, y, t))
+    def build(args):
+        built = sde if isinstance(sde, SDE) else sde(args)
+        if (built.diffusion is None) != (brownian_motion is None):
+            raise ValueError("a Brownian motion and a diffusion belong together: give both, or neither")
+        return built
+
+    if isinstance(sde, SDE):
+        build(None)
+    drift = diffrax.ODETerm(lambda t, y, args: call(build(args).drift, y, t))
     if brownian_motion is None:
         return drift
 
     def diffusion(t, y, args):
-        return lineax.DiagonalLinearOperator(call(sde.diffusion, y, t))
+        return lineax.DiagonalLinearOperator(call(build(args).diffusion, y, t))
 
     return diffrax.MultiTerm(drift, diffrax.ControlTerm(diffusion, brownian_motion))
