@@ -1,6 +1,5 @@
 """Fields over levels against quadrature, and against the exact statistics and likelihood of independent entries."""
 
-import functools
 import math
 
 import jax
@@ -30,9 +29,11 @@ def _net(logits):
     return lambda features, t: jnp.broadcast_to(logits[None].astype(features.dtype), (len(t), *logits.shape))
 
 
-@functools.partial(quick_jit, static_argnames=("predict", "low"))
-def _evaluate(process, x, t, log_prior, logits, predict, low=-1.0):
+def _at(process, x, t, log_prior, logits, predict, low=-1.0):
     return level_field(process, _net(logits), log_prior, low=low, predict=predict)(x, t)
+
+
+_evaluate = quick_jit(_at, static_argnames=("predict", "low"))
 
 
 def _posterior(alpha, sigma, x, log_weights, low=-1.0, high=1.0):
@@ -134,11 +135,13 @@ def test_derivatives_are_finite_and_right(name):
     process, x, t, alpha, sigma = _batch(name)
     weights = jnp.asarray(LOG_PRIOR)
 
-    def x0(x, logits):
-        return _evaluate(process, x, t, weights, logits, "x0")
+    @quick_jit
+    def slopes(x):
+        x0 = lambda x: _at(process, x, t, weights, jnp.asarray(LOGITS), "x0")
+        return jax.jvp(x0, (x,), (jnp.ones_like(x),))[1]
 
     # d E[x0 | x] / dx = alpha Var(x0 | x) / sigma^2 > 0, entry by entry.
-    _, slope = jax.jvp(lambda x: x0(x, jnp.asarray(LOGITS)), (jnp.asarray(x),), (jnp.ones_like(x),))
+    slope = slopes(jnp.asarray(x))
     assert np.isfinite(slope).all() and (np.asarray(slope) >= -1e-5).all()
     step = 1e-4 * sigma[:, None, None]
     log_weights = LOG_PRIOR.astype(np.float64) + LOGITS
@@ -147,7 +150,7 @@ def test_derivatives_are_finite_and_right(name):
     np.testing.assert_allclose(slope, expected, rtol=5e-3, atol=1e-3 * np.abs(expected).max(initial=1e-2))
     gradients = {
         kind: quick_jit(
-            jax.grad(lambda x, logits, k=kind: _evaluate(process, x, t, weights, logits, k).sum(), argnums=(0, 1))
+            jax.grad(lambda x, logits, k=kind: _at(process, x, t, weights, logits, k).sum(), argnums=(0, 1))
         )
         for kind in ("x0", "eps")
     }
