@@ -15,6 +15,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
@@ -188,7 +189,7 @@ def _validation(config, described, statistics, source, key):
         keys = training.example_keys(key, 0, batch["index"])
         batch = {**batch, "key": training.shared_key(key, 0)}
         loss, _ = loss_fn(params, keys, batch)
-        return (loss * batch["mask"]).sum(), batch["mask"].sum()
+        return jnp.where(batch["mask"], loss, 0).sum(), batch["mask"].sum()
 
     def validate(params):
         sums = jax.device_get([mean_loss(params, batch) for batch in batches])
