@@ -90,13 +90,13 @@ def override(config: ConfigDict, text: str) -> None:
     Raises:
       ValueError: not of that form, an unknown field (its neighbours are named), or a value of another type.
     """
-    path, separator, value = text.partition("=")
+    path, separator, written = text.partition("=")
     if not separator:
         raise ValueError(f"--set needs the form field=value, got {text!r}")
     try:
-        value = json.loads(value)
+        value = json.loads(written)
     except json.JSONDecodeError:
-        pass
+        value = written
     *parents, last = path.split(".")
     node = config
     for depth, name in enumerate(parents):
@@ -111,6 +111,8 @@ def override(config: ConfigDict, text: str) -> None:
             raise ValueError(f"{path} must be a JSON object, got {value!r}")
         value = ConfigDict(value)
     elif last in node and not free:
+        if isinstance(node[last], str) and not isinstance(value, str):
+            value = written  # of a string, "3" and "null" are text
         value = _typed(path, value, node[last])
     with node.ignore_type(), node.unlocked():
         node[last] = value

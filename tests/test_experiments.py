@@ -1,0 +1,383 @@
+"""The scripts, in this process: train, stop, resume, evaluate, sample, report, and each way in which it goes wrong."""
+
+import base64
+import json
+import math
+import os
+import re
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from configs import smoke
+from experiments import artefacts, build, cli, demo, likelihood, model, report, sample, train, yardsticks
+from experiments.artefacts import Run, read_json, read_jsonl
+from jdiff import checkpoint, data
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    data.load("digits", "train", data_dir=folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def prepared(data_dir, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+
+
+def _config(**changes):
+    """A residual MLP of width 8 on the digits: compiles in a second or two."""
+    config = smoke.get_config()
+    for text in (
+        "network.name=mlp",
+        'network.options={"width": 8, "depth": 1}',
+        "training.steps=10",
+        "training.batch_size=8",
+        "training.log_every=2",
+        "training.validate_every=5",
+        "training.checkpoint_every=5",
+        "likelihood.images=12",
+        "likelihood.batch_size=8",
+        "sampling.solver=heun",
+        "sampling.steps=3",
+        *(f"{path.replace('__', '.')}={json.dumps(value)}" for path, value in changes.items()),
+    ):
+        cli.override(config, text)
+    build.check(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def done(data_dir, tmp_path_factory):
+    """A run folder, trained once for the tests that only read it."""
+    before = os.environ.get("TFDS_DATA_DIR")
+    os.environ["TFDS_DATA_DIR"] = str(data_dir)
+    try:
+        run = Run(tmp_path_factory.mktemp("runs") / "done")
+        assert train.train(_config(), run) == 0
+        return run
+    finally:
+        os.environ.pop("TFDS_DATA_DIR") if before is None else os.environ.update(TFDS_DATA_DIR=before)
+
+
+def _items(run):
+    config = _config()
+    described = model.describe(config, data.load("digits", "train"))
+    like = train._state_shapes(config, described, build.optimiser(config))
+    with checkpoint.open_manager(str(run / "checkpoints"), read_only=True) as manager:
+        items = checkpoint.restore(manager, {"params": like.params, "ema": like.ema, "opt_state": like.opt_state})
+        return manager.latest_step(), jax.device_get([items[k] for k in ("params", "ema", "opt_state")])
+
+
+def test_a_run_leaves_its_records_and_is_then_complete(done, capsys):
+    lines = read_jsonl(done / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [2, 4, 5, 6, 8, 10]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [5, 10]
+    assert all(math.isfinite(v) for line in lines for v in line.values())
+    assert artefacts.Run(str(done.path)).config() == json.loads(_config().to_json())
+    assert read_json(done / "versions.json")["packages"]["jax"] == jax.__version__
+    assert (done / "loss.png").read_bytes()[:4] == b"\x89PNG" and list((done / "tensorboard").iterdir())
+    assert _items(done)[0] == 10
+
+    before = (done / "metrics.jsonl").read_bytes()
+    assert train.train(_config(), done) == 0
+    assert "complete, 10 steps of 10 are done" in capsys.readouterr().out
+    assert (done / "metrics.jsonl").read_bytes() == before
+
+
+def test_interrupted_and_resumed_is_the_same_run(done, tmp_path, monkeypatch):
+    """Ctrl-C in step 6 of 10: step 6 is saved, and the rest gives the same bits, losses and data order."""
+    run, seen = Run(tmp_path / "run"), []
+    shard_batch = train.parallel.shard_batch
+
+    def interrupting(batch, mesh):
+        seen.append(batch["index"] if "index" in batch else None)
+        if len(seen) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return shard_batch(batch, mesh)
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(train.parallel, "shard_batch", interrupting)
+    assert train.train(_config(), run) == train.INTERRUPTED == 130
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert _items(run)[0] == 6
+    monkeypatch.setattr(train.parallel, "shard_batch", shard_batch)
+    assert train.train(_config(), run) == 0
+
+    (step, ours), (expected_step, expected) = _items(run), _items(done)
+    assert step == expected_step == 10
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
+    lines, others = read_jsonl(run / "metrics.jsonl"), read_jsonl(done / "metrics.jsonl")
+    assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})  # no step twice
+    for name in ("loss", "validation_loss", "grad_norm"):
+        ours, expected = ({line["step"]: line.get(name) for line in some} for some in (lines, others))
+        for step in (8, 10):  # the first line after the resume averages over fewer steps
+            assert ours[step] == expected[step]
+
+
+def test_lines_after_the_checkpoint_are_dropped(tmp_path):
+    run = Run(tmp_path / "run")
+    run.open(_config())
+    # A run that was killed after step 8 with its last checkpoint at 5, in the middle of a line.
+    written = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (2, 4, 5, 6, 8))
+    run.write("metrics.jsonl", written + '{"step": 9, "lo')
+    metrics = artefacts.Metrics(run, 5)
+    metrics.write(6, {"loss": 2.0})
+    metrics.close()
+    assert [(line["step"], line["loss"]) for line in read_jsonl(run / "metrics.jsonl")] == [
+        (2, 1.0),
+        (4, 1.0),
+        (5, 1.0),
+        (6, 2.0),
+    ]
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    run, steps = Run(tmp_path / "run"), []
+    shard_batch = train.parallel.shard_batch
+    loss = build.loss
+
+    def poisoned(*args, **options):
+        loss_fn = loss(*args, **options)
+
+        def with_poison(params, keys, batch):
+            poison = batch.pop("poison", jnp.zeros(keys.shape))
+            value, metrics = loss_fn(params, keys, batch)
+            return value + poison, metrics
+
+        return with_poison
+
+    def placing(batch, mesh):
+        steps.append(len(steps) + 1)
+        poison = np.full(8, np.nan if len(steps) == 7 else 0, np.float32)
+        return shard_batch({**batch, "poison": poison}, mesh)
+
+    monkeypatch.setattr(train.build, "loss", poisoned)
+    monkeypatch.setattr(train.parallel, "shard_batch", placing)
+    with pytest.raises(FloatingPointError, match=r"not finite at step 7 \(loss nan\).*checkpoints is kept"):
+        train.train(_config(data__validation=""), run)
+    step, trees = _items(run)
+    assert step == 5 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trees))
+    assert max(line["step"] for line in read_jsonl(run / "metrics.jsonl")) == 6
+
+
+def test_a_folder_of_another_configuration_is_refused(done, monkeypatch):
+    monkeypatch.setattr(train, "_validation", None)  # nothing may be compiled on the way
+    for path, value in (("optimiser__learning_rate", 0.5), ("training__steps", 12), ("seed", 3)):
+        with pytest.raises(ValueError, match=rf"{path.replace('__', '.')}: .* there, .* here"):
+            train.train(_config(**{path: value}), done)
+    with pytest.raises(ValueError, match=r"process.options.beta_max: None there, 10.0 here"):
+        sample.sample(_config(process__options={"beta_max": 10.0}), done)
+    # How to look at it may change.
+    done.match(_config(likelihood__rtol=1e-3, sampling__steps=7, training__keep=1))
+
+
+def test_folders_and_data_that_are_not_there(tmp_path, done, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    for name in ("file", "file/run"):
+        with pytest.raises(OSError, match=r"run folder .*file.* cannot be written"):
+            train.train(_config(), Run(tmp_path / name))
+    with pytest.raises(FileNotFoundError, match=r"no run in .*nothing .*train first"):
+        sample.sample(_config(), Run(tmp_path / "nothing"))
+    with pytest.raises(FileNotFoundError, match="no run in"):
+        likelihood.likelihood(_config(), Run(tmp_path / "nothing"))
+    opened = Run(tmp_path / "opened")
+    opened.open(_config())
+    with pytest.raises(FileNotFoundError, match="no checkpoints"):
+        sample.sample(_config(), opened)
+    with pytest.raises(FileNotFoundError, match=r"'mnist' is not prepared.*TFDS_DATA_DIR"):
+        train.train(_config(data__name="mnist"), Run(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"training.batch_size = 12 does not divide over 8 devices"):
+        train.train(_config(training__batch_size=12), Run(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_dry_run_counts_and_writes_nothing(done, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.dry_run(_config()) == 0
+    count = sum(leaf.size for leaf in jax.tree.leaves(_items(done)[1][0]))
+    out = capsys.readouterr().out
+    assert f"{count:,} parameters" in out and "1,350 images (8, 8, 1), 17 levels" in out
+    assert not list(tmp_path.iterdir())
+
+
+# Likelihood -----------------------------------------------------------------------------------------------------------
+
+
+def _record(index, draw, bits, evaluations=10, failed=False):
+    return {"index": index, "draw": draw, "bits_per_dim": bits, "evaluations": evaluations, "failed": failed}
+
+
+def test_the_summary_by_hand():
+    records = [_record(0, 0, 1.0, 10), _record(1, 0, 3.0, 20), _record(0, 1, 2.0, 30), _record(1, 1, 6.0, 40)]
+    summary = likelihood.summarise(records)
+    # Images: 1.5 and 4.5, so 3 +- sqrt(4.5 / 2) = 1.5. Draws: variances 0.5 and 4.5, sqrt(2.5 / 2 / 2).
+    assert summary["bits_per_dim"] == 3.0 and summary["standard_error"] == pytest.approx(1.5)
+    assert summary["noise_error"] == pytest.approx(math.sqrt(0.625))
+    assert summary["evaluations_mean"] == 25 and summary["evaluations_max"] == 40 and summary["failed"] == 0
+
+    one = likelihood.summarise(records[:2])
+    assert one["bits_per_dim"] == 2.0 and one["standard_error"] == pytest.approx(1.0) and one["noise_error"] is None
+    single = likelihood.summarise(records[:1])
+    assert single["bits_per_dim"] == 1.0 and single["standard_error"] is None
+
+
+def test_a_mean_of_which_some_failed_is_not_a_number():
+    settings = {"images": 2, "draws": 1, "data": "digits", "split": "test", "rtol": 1e-5, "step": 10}
+    good = likelihood.summarise([_record(0, 0, 1.0), _record(1, 0, 3.0)])
+    text = likelihood.report({"settings": settings, "seconds": 1.0, **good})
+    assert text.startswith("2.0000 +- 1.0000 (standard error) bits/dim on 2 images of digits/test")
+    bad = likelihood.summarise([_record(0, 0, 1.0), _record(1, 0, math.nan, failed=True)])
+    assert bad["bits_per_dim"] is None and bad["failed"] == 1
+    text = likelihood.report({"settings": settings, "seconds": 1.0, **bad})
+    assert text == "no bits/dim: 1 of 2 solves failed (digits/test)"
+    none = likelihood.summarise([_record(0, 0, math.nan, failed=True)])
+    assert none["bits_per_dim"] is None and none["standard_error"] is None
+
+
+def test_likelihood_does_not_depend_on_the_batch_size(done, monkeypatch):
+    config = _config(likelihood__draws=2, likelihood__rtol=1e-3, likelihood__atol=1e-3)
+    first = likelihood.likelihood(config, done)
+    small = likelihood.per_image(done, "test")
+    assert small.shape == (12,) and np.isfinite(small).all()
+    records = read_jsonl(done / "likelihood_test.jsonl")
+    assert sorted((r["index"], r["draw"]) for r in records) == [(i, d) for i in range(12) for d in range(2)]
+    assert first["bits_per_dim"] == pytest.approx(small.mean(), abs=1e-12)
+    assert first["standard_error"] == pytest.approx(small.std(ddof=1) / math.sqrt(12))
+    table = {(r["index"], r["draw"]): r["bits_per_dim"] for r in records}
+    assert min(abs(table[i, 0] - table[i, 1]) for i in range(12)) > 1e-6  # each draw has noise of its own
+
+    with monkeypatch.context() as patch:  # the same settings again: what is there
+        patch.setattr(likelihood, "_evaluator", None)
+        assert likelihood.likelihood(config, done) == first
+        assert likelihood.likelihood(_config(**{**_LIKELIHOOD, "likelihood__batch_size": 16}), done) == first
+    (done / "likelihood_test.json").unlink()
+    likelihood.likelihood(_config(**{**_LIKELIHOOD, "likelihood__batch_size": 16}), done)
+    np.testing.assert_allclose(likelihood.per_image(done, "test"), small, rtol=2e-4)
+
+
+_LIKELIHOOD = {"likelihood__draws": 2, "likelihood__rtol": 1e-3, "likelihood__atol": 1e-3}
+
+
+# Samples --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_depends_on_its_number_alone(done):
+    few = sample.sample(_config(sampling__number=3, sampling__batch_size=8), done)
+    many = sample.sample(_config(sampling__number=6, sampling__batch_size=4), done)
+    assert few.shape == (3, 8, 8, 1) and many.shape == (6, 8, 8, 1) and many.max() <= 16
+    # Float32 at another batch size may cross the border of a level now and then.
+    differing = few.astype(int) - many[:3]
+    assert np.abs(differing).max() <= 1 and (differing != 0).mean() < 0.02
+    assert (few[0] != few[1]).mean() > 0.2
+    with np.load(done / "samples_heun.npz") as saved:
+        np.testing.assert_array_equal(saved["images"], many)
+        assert saved["step"] == 10 and saved["levels"] == 17
+    for name in ("samples_heun.png", "trajectory_heun.png"):
+        assert (done / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_labels_by_name(done):
+    with pytest.raises(ValueError, match=r"sampling.label = '3'.*no labels.*unconditional"):
+        sample.sample(_config(sampling__label="3"), done)
+    config, described = _config(network__conditional=True), model.Model(None, None, (8, 8, 1), 10)
+    index = jnp.arange(8, 13)
+    for label, expected in (("cycle", [8, 9, 0, 1, 2]), ("3", [3] * 5), ("9", [9] * 5)):
+        config.sampling.label = label
+        np.testing.assert_array_equal(sample._labels(config, described)(index), expected)
+    config.sampling.label = "null"
+    assert sample._labels(config, described) is None
+    for label in ("10", "-1", "three", "3.0", ""):
+        config.sampling.label = label
+        with pytest.raises(ValueError, match=f"sampling.label = {label!r} is unknown"):
+            sample._labels(config, described)
+
+
+# Statistics and yardsticks --------------------------------------------------------------------------------------------
+
+
+def test_statistics_are_those_of_the_images_that_are_trained_on():
+    source = data.load("digits", "train")
+    images = jnp.asarray(source.arrays()["image"])
+    for precondition, axes in (("scalar", (0, 1, 2, 3)), ("pixel", 0)):
+        config = _config(network__precondition=precondition)
+        transform = build.transform(config, source.levels)
+        ours = model.statistics(config, source, transform)
+        keys = jax.random.split(jax.random.key(0), len(source))
+        x = np.asarray(build.model_space(config, transform, keys, images), np.float64)
+        np.testing.assert_allclose(ours["mean"], np.broadcast_to(x.mean(axis=axes), (8, 8, 1)), atol=5e-3)
+        np.testing.assert_allclose(ours["std"], np.broadcast_to(x.std(axis=axes), (8, 8, 1)), atol=5e-3)
+    config = _config(network__precondition="levels")
+    prior = model.statistics(config, source, transform)["log_prior"]
+    pixel = source.arrays()["image"][:, 3, 4, 0]
+    expected = [math.log(((pixel == level).sum() + 0.1) / (1350 + 1.7)) for level in range(17)]
+    np.testing.assert_allclose(prior[3, 4, 0], expected, rtol=1e-6)
+    like = model.statistics_shapes(config, model.describe(config, source))
+    assert like["log_prior"].shape == prior.shape
+
+
+def test_yardsticks_by_other_means(monkeypatch):
+    rng = np.random.RandomState(0)
+    fit, score = (rng.binomial(4, rng.uniform(0.2, 0.8, (1, 2, 2, 1)), (n, 2, 2, 1)).astype(np.uint8) for n in (60, 7))
+    splits = {"train": fit, "test": score}
+    monkeypatch.setattr(yardsticks.data, "load", lambda name, split: data.from_arrays(splits[split], levels=5))
+    bits = yardsticks.evaluate("any", "test")
+    np.testing.assert_array_equal(bits["uniform"], np.full(7, math.log2(5)))
+    expected = []
+    for image in score:
+        total = 0.0
+        for row in range(2):
+            for column in range(2):
+                count = sum(int(other[row, column, 0] == image[row, column, 0]) for other in fit)
+                total -= math.log2((count + 0.1) / (60 + 0.5))
+        expected.append(total / 4)
+    np.testing.assert_allclose(bits["histogram"], expected, rtol=1e-12)
+
+    noise = np.random.RandomState(0)
+    x, y = (a.reshape(len(a), 4) + noise.uniform(size=(len(a), 4)) for a in (fit, score))
+    diagonal = -stats.norm(x.mean(axis=0), x.std(axis=0)).logpdf(y).mean(axis=1) / math.log(2)
+    np.testing.assert_allclose(bits["gaussian_diagonal"], diagonal, rtol=1e-10)
+    covariance = np.cov(x.T) + 1e-3 * np.eye(4)
+    full = -stats.multivariate_normal(x.mean(axis=0), covariance).logpdf(y) / (4 * math.log(2))
+    np.testing.assert_allclose(bits["gaussian_full"], full, rtol=1e-10)
+    assert bits["mixture_10"].shape == (7,) and np.isfinite(bits["mixture_10"]).all()
+
+
+def test_the_comparison_is_paired():
+    table = demo.compare(np.asarray([1.0, 2.0, 3.0]), {"other": np.asarray([2.0, 4.0, 3.0, 99.0])})
+    row = table["other"]
+    assert row["bits_per_dim"] == 3.0 and row["gain"] == 1.0
+    assert row["gain_error"] == pytest.approx(1 / math.sqrt(3))
+
+
+# The whole ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_from_training_to_the_report(done, tmp_path, capsys):
+    """All of it on the trained run: nothing is trained again, and the report stands alone."""
+    config = _config(sampling__number=4, sampling__batch_size=4, likelihood__images=8)
+    assert demo.demo(config, done, name="smoke") == 0
+    page = (done / "report.html").read_text()
+    summary = read_json(done / "likelihood_test.json")
+    assert summary["settings"]["images"] == 8 and f"{summary['bits_per_dim']:.4f}" in page
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:)|https?://|@import|url\(|<script""", page)
+    pictures = [base64.b64decode(text) for text in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
+    assert len(pictures) == 6 and all(picture[:4] == b"\x89PNG" for picture in pictures)
+    for name in ("loss", "likelihood_test", "samples_heun", "trajectory_predictor_corrector"):
+        assert (done / f"{name}.png").read_bytes() in pictures
+    out = capsys.readouterr().out
+    assert "histogram" in out and "report.html" in out
+    table = read_json(done / "yardsticks.json")
+    assert table["uniform"]["bits_per_dim"] == pytest.approx(math.log2(17))
+    assert table["uniform"]["gain"] == pytest.approx(math.log2(17) - summary["bits_per_dim"])
+
+    # What a name or a split may hold is text, not markup.
+    config.data.name = "<b>digits</b>"
+    report.write(done, config, summary, table, [])
+    assert "<b>" not in (done / "report.html").read_text()
