@@ -54,6 +54,7 @@ def defaults() -> ConfigDict:
     c.likelihood.divergence = "rademacher"
     c.likelihood.probes = 1
     c.likelihood.draws = 1  # dequantisations (each with its own probes) per image
+    c.likelihood.variable = "t"  # t or log_snr: the time in which the solver steps
     c.likelihood.rtol = 1e-5
     c.likelihood.atol = 1e-5
     c.likelihood.t_min = 0.0  # 0: the process's own

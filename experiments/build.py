@@ -322,6 +322,7 @@ def check(config: ConfigDict) -> None:
     training_times(config)
     pick(("jit", "shard_map", "pmap"), config.training.mapping, "training.mapping")
     pick(("rademacher", "gaussian", "exact"), config.likelihood.divergence, "likelihood.divergence")
+    pick(("t", "log_snr"), config.likelihood.variable, "likelihood.variable")
     solver(config, lambda x, t: x)
     optimiser(config)
     grid(config)

@@ -53,7 +53,7 @@ def likelihood(config: ConfigDict, run: Run, *, split: str = "") -> dict:
         "dequantisation": "uniform",
         "t_min": c.t_min or build.process(config).t_min,
         "matmul_precision": PRECISION,
-        **{k: c[k] for k in ("divergence", "probes", "draws", "rtol", "atol")},
+        **{k: c[k] for k in ("divergence", "probes", "draws", "variable", "rtol", "atol")},
     }
     name = f"likelihood_{_slug(split)}"
     if (run / f"{name}.json").exists():
@@ -165,6 +165,7 @@ def _evaluator(config, trained, shape):
                 predict=config.network.predict,
                 divergence=c.divergence,
                 probes=c.probes,
+                variable=c.variable,
                 rtol=c.rtol,
                 atol=c.atol,
                 t_min=c.t_min or None,

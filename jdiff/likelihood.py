@@ -14,9 +14,18 @@ import jax
 import jax.numpy as jnp
 
 from jdiff import processes
-from jdiff._array import check_array, event_size, example_keys, fold_in, normal_like, rademacher_like
+from jdiff._array import (
+    check_array,
+    coefficient_dtype,
+    event_size,
+    example_keys,
+    fold_in,
+    is_concrete,
+    normal_like,
+    rademacher_like,
+)
 from jdiff._typing import Array, Field, Key, Kind, Process
-from jdiff.sde import SDE, probability_flow
+from jdiff.sde import SDE, in_log_noise, probability_flow
 from jdiff.solvers.adaptive import integrate_adaptive
 from jdiff.solvers.tableaus import DORMAND_PRINCE, Tableau
 
@@ -53,6 +62,7 @@ def log_likelihood(
     atol: float = 1e-5,
     tableau: Tableau = DORMAND_PRINCE,
     max_steps: int = 4096,
+    variable: Literal["t", "log_snr"] = "t",
     t_min: float | None = None,
     prior_log_prob: Callable[[Array], Array] | None = None,
     axis_name: str | None = None,
@@ -77,6 +87,8 @@ def log_likelihood(
       atol: absolute tolerance.
       tableau: the Runge-Kutta pair.
       max_steps: cap on steps per example; reaching it sets `failed`.
+      variable: time in which the solver steps, t or log-SNR; the second often needs half the evaluations, and is not
+        there where alpha(t_max) = 0 (Rectified, Cosine).
       t_min: where the density is evaluated (default: process.t_min).
       prior_log_prob: z -> log-density at t_max, shape (batch,) (default: the process's prior).
       axis_name: see `integrate_adaptive`.
@@ -96,6 +108,8 @@ def log_likelihood(
         raise ValueError(f"unknown divergence {divergence!r}; choose 'rademacher', 'gaussian' or 'exact'")
     if probes < 1 or (divergence == "exact" and probes != 1):
         raise ValueError(f"probes must be at least 1, and 1 for the exact divergence; got {probes}")
+    if variable not in ("t", "log_snr"):
+        raise ValueError(f"unknown variable {variable!r}; choose 't' or 'log_snr'")
     t_min = process.t_min if t_min is None else t_min
     if not 0 <= t_min < process.t_max:
         raise ValueError(f"t_min must be in [0, {process.t_max}), got {t_min}")
@@ -115,11 +129,16 @@ def log_likelihood(
 
     # One column per probe; zeros made from x vary over devices as x does.
     logdet = jnp.zeros_like(x, shape=(batch, probes)) + 0 * x.reshape(batch, -1)[:, :1]
+    ode, ends = SDE(augmented), (t_min, process.t_max)
+    if variable == "log_snr":
+        ends = tuple(-0.5 * processes.log_snr(process, jnp.asarray(t, coefficient_dtype(x))) for t in ends)
+        if is_concrete(ends[1]) and not bool(jnp.isfinite(ends[1])):
+            raise ValueError("variable='log_snr' needs alpha(t_max) > 0: integrate this process in 't'")
+        ode = in_log_noise(process, ode)
     solution = integrate_adaptive(
-        SDE(augmented),
+        ode,
         (x, logdet),
-        t_min,
-        process.t_max,
+        *ends,
         rtol=rtol,
         atol=atol,
         tableau=tableau,

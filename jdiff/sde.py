@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jdiff._array import batch_time, call, expand, lincomb
 from jdiff._typing import Array, Field, Kind, Process, PyTree
 from jdiff.predictions import check_kind, conversion
-from jdiff.processes import rates, squared_diffusion
+from jdiff.processes import rates, squared_diffusion, time_at
 
-__all__ = ["SDE", "forward", "probability_flow", "reverse", "reverse_sde"]
+__all__ = ["SDE", "forward", "in_log_noise", "probability_flow", "reverse", "reverse_sde"]
 
 
 class SDE(NamedTuple):
@@ -105,6 +105,30 @@ def probability_flow(process: Process, field: Field, *, predict: Kind = "score")
         t = batch_time(t, x)
         p, q = conversion(process, t, predict, "velocity")
         return lincomb((p, x), (q, call(field, x, t)))
+
+    return SDE(drift)
+
+
+def in_log_noise(process: Process, ode: SDE) -> SDE:
+    """Return an ODE in the time u = log(sigma/alpha): dx/du = drift(x, t(u)) dt/du, where the flow is less stiff.
+
+    Half the log-SNR with its sign changed: the scale on which noise levels are alike (Lu et al. 2022, arXiv 2206.00927,
+    section 3). Its ends are -log_snr/2 at the ends of t; infinite where alpha = 0, which is outside of this function.
+
+    Args:
+      process: the process whose time the ODE has.
+      ode: drift only; its state may be a pytree, such as (x, log-determinants).
+
+    Raises:
+      ValueError: an SDE with diffusion.
+    """
+    if ode.diffusion is not None:
+        raise ValueError("only ODEs change their time here: the diffusion of an SDE would change as well")
+
+    def drift(x, u):
+        t = time_at(process, -2 * batch_time(u, x))
+        alpha, sigma, dalpha, dsigma = rates(process, t)
+        return lincomb((1 / (dsigma / sigma - dalpha / alpha), call(ode.drift, x, t)))
 
     return SDE(drift)
 

@@ -15,7 +15,7 @@ class PatchTransformer(nn.Module):
     """Attention and MLP blocks on patches, each scaled and shifted by the noise level and label.
 
         h <- h + dropout(attention(modulate(norm(h))))
-        h <- h + dropout(dense(dropout(swish(dense(modulate(norm(h)))))))
+        h <- h + dropout(dense(swish(dense(modulate(norm(h))))))
 
     modulate(y) = (1 + scale) y + shift with [scale, shift] = dense(emb), zero at the start: the adaptive norm of DiT,
     Peebles & Xie 2023 (arXiv 2212.09748), without its gates. Positions are learned, and so is a bias for each pair of
@@ -112,7 +112,7 @@ class PatchTransformer(nn.Module):
             y = _attend(y.reshape(batch, tokens, 3, self.heads, self.width // self.heads), bias)
             h = h + drop(dense(self.width, f"block_{i}_proj", scale=0.1)(y))
             y = nn.swish(dense(self.expansion * self.width, f"block_{i}_dense_0")(modulate(h, f"block_{i}_film_1")))
-            h = h + drop(dense(self.width, f"block_{i}_dense_1", scale=0.1)(drop(y)))
+            h = h + drop(dense(self.width, f"block_{i}_dense_1", scale=0.1)(y))
         h = nn.swish(modulate(h, "head_film"))
         out = self.out_channels or channels
         h = dense(p * p * out, "head", scale=0.0, dtype=x.dtype)(h)
