@@ -138,6 +138,24 @@ def test_batch_mates_do_not_matter(x64):
     assert len(set(together.evaluations.tolist())) > 4
 
 
+def test_rejected_steps(x64):
+    """A kick in the middle of a calm stretch: steps into it are refused, for the examples that are kicked alone."""
+
+    def drift(x, t):
+        return jnp.stack([-x[:, 0] + 50 * jnp.exp(-(((t - x[:, 1]) / 0.05) ** 2)), jnp.zeros_like(t)], axis=1)
+
+    x = jnp.array([[1.0, 0.7], [1.0, 99.0], [1.0, 1.3], [1.0, 99.0]])
+    run = jax.jit(lambda x: solvers.integrate_adaptive(sde.SDE(drift), x, 0.0, 2.0, rtol=1e-5, atol=1e-5))
+    got = run(x)
+    response = lambda u, at: np.exp(u - 2) * 50 * np.exp(-(((u - at) / 0.05) ** 2))
+    for i, at in enumerate(np.asarray(x[:, 1])):
+        kick, _ = scipy.integrate.quad(response, 0, 2, args=(at,), points=[0.7, 1.3], epsabs=1e-12)
+        assert got.x[i, 0] == pytest.approx(np.exp(-2) + kick, abs=3e-4)
+    rejected = np.asarray((got.evaluations - 2) // 6 - got.accepted)
+    assert np.all(rejected[[0, 2]] >= 2) and np.all(rejected[[1, 3]] == 0)
+    same(got, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(run(x[i : i + 1]) for i in range(4))))
+
+
 def test_times_per_example(x64):
     """Each example runs from its own t0 to its own t1, some backwards."""
     x, t0, t1 = starts(4), jnp.array([0.0, 2.0, 1.0, 0.5]), jnp.array([1.0, 0.5, 1.1, 3.0])
@@ -184,12 +202,13 @@ def test_too_many_steps_fail_and_say_so(max_steps, x64):
     np.testing.assert_array_equal(np.asarray(some.x)[~some.failed], np.asarray(free.x)[~some.failed])
 
 
-@pytest.mark.parametrize("bad", ["nan from the start", "nan on the way", "inf", "pole"])
+@pytest.mark.parametrize("bad", ["nan from the start", "nan after the start", "nan on the way", "inf", "pole"])
 def test_one_bad_example_fails_alone(bad, x64):
     def drift(x, t):
         slope = -x
         poison = {
             "nan from the start": jnp.nan * x,
+            "nan after the start": jnp.where(t[:, None] > 0, jnp.nan, slope),
             "nan on the way": jnp.where(t[:, None] > 0.5, jnp.nan, slope),
             "inf": jnp.where(t[:, None] > 0.5, jnp.inf, slope),
             "pole": x**2,  # 1 / (1 - t): beyond it there is nothing

@@ -403,11 +403,12 @@ def test_there_and_back(name, x64):
 def loss_of(name, remat=False):
     """Return a loss of the state, a parameter of the field and one of the process, at the end of three steps."""
     keys, ts = jax.random.split(KEY, 2), jnp.array([0.9, 0.5, 0.2, 0.05])
+    noise = jnp.array([[0.3, -1.1], [0.8, 0.1]])
 
     def loss(arguments):
         x, scale, beta_max = arguments
         process = processes.VP(beta_max=beta_max)
-        solver = every_solver(process, lambda x, t: jnp.tanh(scale * x))[name]
+        solver = every_solver(process, lambda x, t: jnp.tanh(scale * x), lambda keys, x, t, s: noise)[name]
         return jnp.sum(solvers.integrate(keys, solver, x, ts, remat=remat)[0] ** 2)
 
     return loss
