@@ -500,7 +500,7 @@ def test_float32_down_to_t_min(process):
         def end(x, ts):
             return [solvers.integrate(KEY, table[name], x, ts)[0] for name in names]
 
-        return np.array(end(x, jnp.array(np.geomspace(process.t_max, process.t_min, 9), dtype)), np.float64)
+        return np.array(end(x, jnp.array(np.geomspace(process.t_max, max(process.t_min, 1e-5), 9), dtype)), np.float64)
 
     single = run(jnp.float32)
     with jax.enable_x64(True):
@@ -587,3 +587,12 @@ def test_bad_input_to_factories():
     for wrong in (jnp.ones(2), jnp.ones((3, 1))):
         with pytest.raises(ValueError, match=r"scalar or have shape \(3,\)"):
             solver.step(None, solver.init(jnp.ones((3, 4))), wrong, 0.1)
+
+
+def test_langevin_bounds_its_step_where_the_score_vanishes():
+    """A flat density has no score: without a bound the step is infinite, with one it is that bound."""
+    x, bound = jnp.zeros((3, 4)), jnp.array([0.5, 2.0, 8.0])
+    unit = lambda keys, x, t, s: jnp.ones_like(x)
+    solver = solvers.langevin(lambda x, t: jnp.full_like(x, 1e-12), largest=lambda s: bound * s, noise=unit)
+    moved = solver.step(None, solver.init(x), 1.0, 0.5).x
+    np.testing.assert_allclose(moved, jnp.sqrt(2 * 0.5 * bound)[:, None] * jnp.ones((1, 4)), rtol=1e-6)
