@@ -66,7 +66,9 @@ _x0, _score = _as("x0"), _as("score")
 
 
 def _predictor_corrector(process, field, predict, c):
-    corrector = solvers.langevin(_score(process, field, predict), snr=c.snr, steps=c.corrector_steps)
+    largest = lambda s: process.marginal(s)[1] ** 2
+    score = _score(process, field, predict)
+    corrector = solvers.langevin(score, snr=c.snr, steps=c.corrector_steps, largest=largest)
     return solvers.predictor_corrector(solvers.euler_maruyama(_reverse(process, field, predict, c)), corrector)
 
 

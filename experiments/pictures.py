@@ -27,7 +27,7 @@ def _tiles(images: np.ndarray, levels: int, columns: int, scale: int) -> np.ndar
 def grid(file: pathlib.Path, images: np.ndarray, levels: int, *, columns: int | None = None) -> None:
     """Write integer images (N, H, W, C), C = 1 or 3, as one sheet."""
     columns = columns or math.ceil(math.sqrt(len(images)))
-    scale = max(1, 28 // images.shape[2] if images.shape[2] < 28 else 64 // images.shape[2])
+    scale = max(1, 56 // images.shape[2])
     sheet = _tiles(images, levels, columns, scale)
     plt.imsave(file, sheet.repeat(3, axis=2) if sheet.shape[2] == 1 else sheet)
 

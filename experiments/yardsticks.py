@@ -16,6 +16,8 @@ from jdiff import data
 # Above this, the covariance of a mixture component has more entries than a small set has pixels.
 _MIXTURE_LIMIT = 256
 _SMOOTHING = 0.1
+# Squared levels; of 0.001 to 1 the best on the digits' validation split.
+_MIXTURE_REGULARISATION = 0.2
 
 
 def evaluate(name: str, split: str, *, train: str = "train", seed: int = 0) -> dict[str, np.ndarray]:
@@ -42,7 +44,7 @@ def evaluate(name: str, split: str, *, train: str = "train", seed: int = 0) -> d
     log_det = np.log(np.diag(root)).sum()
     bits["gaussian_full"] = _bits(-0.5 * (whitened**2).sum(axis=0) - log_det - 0.5 * size * math.log(2 * math.pi), size)
     if size <= _MIXTURE_LIMIT:
-        mixture = GaussianMixture(10, random_state=seed, reg_covar=1e-2, max_iter=100).fit(x)
+        mixture = GaussianMixture(10, random_state=seed, reg_covar=_MIXTURE_REGULARISATION, max_iter=100).fit(x)
         bits["mixture_10"] = _bits(mixture.score_samples(y), size)
     counts = np.stack([np.bincount(column, minlength=levels) for column in fit.T]) + _SMOOTHING
     log_probability = np.log(counts / counts.sum(axis=1, keepdims=True))

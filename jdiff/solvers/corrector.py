@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from jdiff._array import batch_time, call, event_size, fold_in, lincomb, sum_event
-from jdiff._typing import Field
+from jdiff._typing import Array, Field
 from jdiff.solvers.base import Noise, Solver, State, white
 
 __all__ = ["langevin", "predictor_corrector"]
 
 
-def langevin(score: Field, *, snr: float = 0.16, steps: int = 1, noise: Noise = white) -> Solver:
+def langevin(
+    score: Field,
+    *,
+    snr: float = 0.16,
+    steps: int = 1,
+    largest: Callable[[Array], Array] | None = None,
+    noise: Noise = white,
+) -> Solver:
     """Return the Langevin corrector at the new time s: x <- x + e score(x, s) + sqrt(2 e) z, `steps` times.
 
     The step size is per example, e = 2 (snr sqrt(D) / |score|)^2 with D entries per example: Song et al. 2021 (arXiv
@@ -23,6 +32,8 @@ def langevin(score: Field, *, snr: float = 0.16, steps: int = 1, noise: Noise = 
       score: a score field.
       snr: signal-to-noise ratio of a step.
       steps: Langevin steps per call.
+      largest: bound on e as a function of s, (batch,) -> (batch,). Where the density is flat the score vanishes and e
+        does not; sigma^2 is a bound within which a step on p_s is stable.
       noise: where unit normals come from.
 
     Raises:
@@ -39,6 +50,8 @@ def langevin(score: Field, *, snr: float = 0.16, steps: int = 1, noise: Noise = 
             gradient = call(score, x, s)
             square = sum(sum_event(leaf**2) for leaf in jax.tree.leaves(gradient)).astype(s.dtype)
             size = 2 * snr**2 * event_size(x) / jnp.maximum(square, jnp.finfo(s.dtype).tiny)
+            if largest is not None:
+                size = jnp.minimum(size, largest(s))
             z = noise(None if keys is None else fold_in(keys, n), x, s, s)
             return lincomb((1.0, x), (size, gradient), (jnp.sqrt(2 * size), z))
 
