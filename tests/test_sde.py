@@ -295,3 +295,16 @@ def test_bad_input():
         jdiff.reverse(jdiff.VP(), field).drift(x, jnp.ones(2))
     with pytest.raises(ValueError, match="must return the shape of its x"):
         jdiff.probability_flow(jdiff.VP(), lambda x, t: x[:, :1]).drift(x, 0.5)
+
+
+def test_time_in_log_noise_follows_the_same_flow(x64):
+    process = jdiff.VP()
+    data = analytic.gaussian(process, jnp.array([0.3, -1.0]), 0.5)
+    flow = jdiff.sde.in_log_noise(process, jdiff.probability_flow(process, data.score))
+    x, t = jnp.array([[0.2, -0.4], [1.0, 0.7]]), jnp.array([0.1, 0.6])
+    u = -0.5 * jdiff.processes.log_snr(process, t)
+    step = 1e-6
+    there = lambda h: data.flow(x, t, jdiff.processes.time_at(process, -2 * (u + h)))
+    np.testing.assert_allclose(flow.drift(x, u), (there(step) - there(-step)) / (2 * step), rtol=1e-7)
+    with pytest.raises(ValueError, match="only ODEs"):
+        jdiff.sde.in_log_noise(process, jdiff.forward(process))

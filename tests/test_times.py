@@ -186,7 +186,6 @@ def test_importance_is_unbiased_and_varies_less_for_the_likelihood_loss():
     }
     error = np.sqrt(sum(v.var() / total for v in loss.values()))
     assert abs(loss["stratified"].mean() - loss["importance"].mean()) < 4 * error
-    # Measured: 3.5e4 against 29.
     assert loss["importance"].var() < 0.05 * loss["stratified"].var()
 
 
