@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from benchmarks import common
 from jdiff import SDE, probability_flow, solvers
 
-BATCH, TOLERANCE, REPEATS = 64, 1e-5, 3
+BATCH, TOLERANCE, REPEATS = 64, 1e-5, 7
 
 
 def main() -> None:

@@ -45,6 +45,7 @@ class _Carry(NamedTuple):
     accepted: Array
     active: Array
     failed: Array
+    turns: Array
 
 
 def integrate_adaptive(
@@ -118,62 +119,105 @@ def integrate_adaptive(
     def drift(x, t):
         return _add(call(ode.drift, x, t), zero)
 
-    slope, h = _first_step(drift, tableau, norm, x, t0, t1, direction)
-    # Where the first slope is not finite no step is small enough.
-    sound = jnp.all(jnp.stack([_finite(leaf) for leaf in jax.tree.leaves(slope)]), axis=0)
-    counter = zero.astype(jnp.int32)
+    count = len(tableau.b)
+    table = np.zeros((count, count))
+    for i, row in enumerate(tableau.a):
+        table[i + 1, : i + 1] = row
+    rows, c = jnp.asarray(table, t0.dtype), jnp.asarray(tableau.c, t0.dtype)
+    # What is measured after turn 0, turn 1 and all others: the first slope, its change ahead, the step's error.
+    measured = np.zeros((3, count))
+    measured[0, 0], measured[1, :2], measured[2] = 1, (-1, 1), tableau.error
+    measured = jnp.asarray(measured, t0.dtype)
+    size = norm(x, x, x)
 
     def any_active(carry):
         anyone = jnp.any(carry.active)
         return anyone if axis_name is None else jax.lax.pmax(anyone.astype(jnp.int32), axis_name) > 0
 
-    def body(carry):
+    def turn(carry):
+        """Evaluate the stages of one step and decide about it.
+
+        Turns 0 and 1 evaluate one stage each, at the start and a little ahead, to choose the first step (Hairer,
+        Norsett & Wanner 1993, section II.4): turns of the same loop, so that the drift is compiled once, and not once a
+        stage, which is most of the compile time.
+        """
+        first, second = carry.turns == 0, carry.turns == 1
+        starting = first | second
         remaining = t1 - carry.t
         # Take the end exactly, and do not leave a sliver behind it.
         last = jnp.abs(remaining) <= 1.01 * jnp.abs(carry.h)
-        h = jnp.where(carry.active, jnp.where(last, remaining, carry.h), 0)
-        slopes = _stages(drift, tableau, carry.x, carry.t, h, carry.slope)
+        h = jnp.where(carry.active, jnp.where(last & ~starting, remaining, carry.h), 0)
+        slopes = jax.tree.map(lambda k: jnp.zeros_like(k, shape=(count, *k.shape)).at[0].set(k), carry.slope)
+
+        def stage(i, slopes):
+            slope = drift(lincomb((1.0, carry.x), (h, _weighted(rows[i], slopes))), carry.t + c[i] * h)
+            return jax.tree.map(lambda all_, k: all_.at[i].set(k), slopes, slope)
+
+        low, high = jnp.where(first, 0, 1), jnp.where(first, 1, jnp.where(second, 2, count))
+        slopes = jax.lax.fori_loop(low, high, stage, slopes)
+
         x_new = lincomb((1.0, carry.x), (h, _weighted(tableau.b, slopes)))
-        error = norm(lincomb((h, _weighted(tableau.error, slopes))), carry.x, x_new)
-        accept = carry.active & (error <= 1)
+        per = jnp.where(first, 1, jnp.where(second, 1 / jnp.abs(c[1] * h), h))
+        error = norm(lincomb((per, _weighted(measured[jnp.minimum(carry.turns, 2)], slopes))), carry.x, x_new)
+
+        accept = carry.active & ~starting & (error <= 1)
         safe = jnp.clip(error, 1e-8, 1e8)
         factor = _SAFETY * safe ** (-_PROPORTIONAL * exponent) * carry.error ** (_INTEGRAL * exponent)
         # After a rejection the integral term speaks of another step: use the error alone, and never grow.
         shrink = jnp.clip(_SAFETY * safe**-exponent, _SHRINK, _SAFETY)
-        factor = jnp.where(accept, jnp.clip(factor, _SHRINK, _GROW), shrink)
-        h_next = jax.lax.stop_gradient(h * factor)
-        t_new = jnp.where(accept, jnp.where(last, t1, carry.t + h), carry.t)
+        h_next = h * jnp.where(accept, jnp.clip(factor, _SHRINK, _GROW), shrink)
+        h_next = jnp.where(first, probe_step(error), jnp.where(second, first_step(h, carry.error, error), h_next))
+        evaluations = carry.evaluations + jnp.where(carry.active, high - low, 0)
         # Near t = 0 times are fine without end: a step of eps^2 of the way is taken for none.
         resolution = 4 * eps * jnp.maximum(jnp.abs(carry.t), eps * jnp.abs(t1 - t0))
-        evaluations = carry.evaluations + jnp.where(carry.active, len(tableau.b) - 1, 0)
-        stuck = carry.active & ~accept & (jnp.abs(h_next) < resolution)
-        full = evaluations >= _FIRST_EVALUATIONS + (len(tableau.b) - 1) * max_steps
+        stuck = ~starting & ~accept & (jnp.abs(h_next) < resolution)
+        full = evaluations >= _FIRST_EVALUATIONS + (count - 1) * max_steps
         arrived = accept & last
-        failed = carry.failed | stuck | (carry.active & full & ~arrived)
+        # Where the first slope is not finite no step is small enough.
+        hopeless = first & ~jnp.isfinite(error)
+        failed = carry.failed | (carry.active & (stuck | hopeless | (full & ~arrived)))
+        slope = jax.tree.map(lambda k: k[jnp.where(starting, 0, count - 1)], slopes)
+        error = jnp.where(first, error, jnp.where(second, 1, jnp.where(accept, jnp.maximum(safe, 1e-4), carry.error)))
         return _Carry(
             x=_select(accept, x_new, carry.x),
-            slope=_select(accept, jax.tree.map(lambda k: k[-1], slopes), carry.slope),
-            t=t_new,
-            h=jnp.where(carry.active, h_next, carry.h),
-            error=jnp.where(accept, jax.lax.stop_gradient(jnp.maximum(safe, 1e-4)), carry.error),
+            slope=_select(accept | starting, slope, carry.slope),
+            t=jnp.where(accept, jnp.where(last, t1, carry.t + h), carry.t),
+            h=jax.lax.stop_gradient(jnp.where(carry.active, h_next, carry.h)),
+            error=jax.lax.stop_gradient(error),
             evaluations=evaluations,
             accepted=carry.accepted + accept.astype(jnp.int32),
             active=carry.active & ~arrived & ~failed,
             failed=failed,
+            turns=carry.turns + 1,
         )
 
+    def probe_step(speed):
+        """Return the h of turn 1, whose stage 1 is c_1 h (and a_10 h) ahead."""
+        small = (size < 1e-5) | (speed < 1e-5) | ~jnp.isfinite(speed)
+        ahead = jnp.minimum(jnp.where(small, 1e-6, 0.01 * size / jnp.where(small, 1, speed)), jnp.abs(t1 - t0))
+        return direction * ahead / c[1]
+
+    def first_step(h, speed, bend):
+        ahead, largest = jnp.abs(c[1] * h), jnp.maximum(speed, bend)
+        flat = (largest <= 1e-15) | ~jnp.isfinite(largest)
+        length = (0.01 / jnp.where(flat, 1, largest)) ** exponent
+        length = jnp.where(flat, jnp.maximum(1e-6, ahead * 1e-3), length)
+        return direction * jnp.minimum(jnp.minimum(100 * ahead, length), jnp.abs(t1 - t0))
+
+    counter = zero.astype(jnp.int32)
     start = _Carry(
         x=x,
-        slope=slope,
+        slope=jax.tree.map(jnp.zeros_like, x),
         t=t0,
-        h=h,
+        h=jnp.zeros_like(t0),
         error=jnp.ones_like(t0),
-        evaluations=counter + _FIRST_EVALUATIONS,
+        evaluations=counter,
         accepted=counter,
-        active=sound,
-        failed=~sound,
+        active=counter == 0,
+        failed=counter != 0,
+        turns=jnp.zeros((), jnp.int32),
     )
-    end = jax.lax.while_loop(any_active, body, start)
+    end = jax.lax.while_loop(any_active, turn, start)
     return Solution(end.x, end.evaluations, end.accepted, end.failed)
 
 
@@ -182,51 +226,6 @@ def check_tolerances(rtol: float, atol: float) -> None:
     for name, value in (("rtol", rtol), ("atol", atol)):
         if is_concrete(value) and not 0 < float(value) < float("inf"):
             raise ValueError(f"{name} must be positive and finite, got {value}")
-
-
-def _first_step(drift, tableau, norm, x, t0, t1, direction):
-    """Return the first slope and a first step per example (Hairer, Norsett & Wanner 1993, section II.4)."""
-    zeros = jax.tree.map(jnp.zeros_like, x)
-
-    def length(slope):
-        size, speed = norm(x, x, zeros), norm(slope, x, zeros)
-        small = (size < 1e-5) | (speed < 1e-5) | ~jnp.isfinite(speed)
-        h = jnp.minimum(jnp.where(small, 1e-6, 0.01 * size / jnp.where(small, 1, speed)), jnp.abs(t1 - t0))
-        return h, speed
-
-    # The slope at t0 and the one a little ahead, as two turns of a loop: the drift is compiled once.
-    def turn(n, slopes):
-        h = n * length(slopes[0])[0] * direction
-        slope = drift(lincomb((1.0, x), (h, slopes[0])), t0 + h)
-        return jax.tree.map(lambda new, old: jnp.where(n == 0, new, old), slope, slopes[0]), slope
-
-    slope, ahead = jax.lax.fori_loop(0, _FIRST_EVALUATIONS, turn, (zeros, zeros))
-    h0, speed = length(slope)
-    bend = norm(lincomb((1.0, ahead), (-1.0, slope)), x, zeros) / h0
-    largest = jnp.maximum(speed, bend)
-    flat = (largest <= 1e-15) | ~jnp.isfinite(largest)
-    h1 = jnp.where(flat, jnp.maximum(1e-6, h0 * 1e-3), (0.01 / jnp.where(flat, 1, largest)) ** (1 / tableau.order))
-    h = jnp.minimum(jnp.minimum(100 * h0, h1), jnp.abs(t1 - t0))
-    return slope, jax.lax.stop_gradient(h * direction)
-
-
-def _stages(drift, tableau, x, t, h, first):
-    """Return the slopes of one step, stacked along a new first axis; `first` is known.
-
-    A loop over the stages, so that the drift is compiled once and not once a stage: that is most of the compile time.
-    """
-    count = len(tableau.b)
-    table = np.zeros((count, count))
-    for i, row in enumerate(tableau.a):
-        table[i + 1, : i + 1] = row
-    rows, c = jnp.asarray(table, t.dtype), jnp.asarray(tableau.c, t.dtype)
-    slopes = jax.tree.map(lambda k: jnp.zeros_like(k, shape=(count, *k.shape)).at[0].set(k), first)
-
-    def stage(i, slopes):
-        slope = drift(lincomb((1.0, x), (h, _weighted(rows[i], slopes))), t + c[i] * h)
-        return jax.tree.map(lambda all_, k: all_.at[i].set(k), slopes, slope)
-
-    return jax.lax.fori_loop(1, count, stage, slopes)
 
 
 def _weighted(weights, slopes):
@@ -241,10 +240,6 @@ def _weighted(weights, slopes):
 
 def _add(x, zero):
     return jax.tree.map(lambda leaf: leaf + expand(zero, leaf), x)
-
-
-def _finite(x):
-    return jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
 
 
 def _select(where, new, old):
