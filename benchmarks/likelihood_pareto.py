@@ -43,7 +43,14 @@ def main() -> None:
 
     def solve(params, x, tolerance):
         return log_likelihood(
-            probes, process, field(params), x, predict=config.network.predict, rtol=tolerance, atol=tolerance
+            probes,
+            process,
+            field(params),
+            x,
+            predict=config.network.predict,
+            variable=config.likelihood.variable,
+            rtol=tolerance,
+            atol=tolerance,
         )
 
     truth = _truth(config, process, field, trained, x, probes, bits)
