@@ -3,7 +3,8 @@
     TFDS_DATA_DIR=... python -m experiments.train --config configs/mnist.py --workdir runs/mnist
     TFDS_DATA_DIR=... python -m experiments.likelihood --workdir runs/mnist
 
-The full run is sized for an accelerator; no number is claimed for it yet. `--mode smoke` runs train, likelihood and sample in under two minutes (compilation, mostly).
+The full run is sized for an accelerator; no number is claimed for it yet. `--mode smoke` runs train, likelihood and
+sample in under two minutes on two cores, most of it compilation.
 """
 
 from ml_collections import ConfigDict
