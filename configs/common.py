@@ -24,6 +24,7 @@ def defaults() -> ConfigDict:
     c.network.predict = "v"  # kind of the field that is trained
     # none; scalar, pixel: unit variance by statistics of the data; levels: the network gives logits of levels
     c.network.precondition = "none"
+    c.network.cells = 0  # of precondition "levels": neighbouring levels merged into so many cells; 0: none merged
 
     c.loss = ConfigDict()
     c.loss.weight = ConfigDict({"name": "unit", "options": ConfigDict()})

@@ -127,7 +127,7 @@ def process(config: ConfigDict) -> jdiff.Process:
 def network(config: ConfigDict, channels: int, levels: int, classes: int | None):
     """Return the Linen module; it sees the process's log-SNR as noise level, or 999 t for positional embeddings.
 
-    With network.precondition = "levels" it returns a logit per channel and level.
+    With network.precondition = "levels" it returns a logit per channel and cell.
 
     Raises:
       ValueError: unknown name or option, or labels asked for where the data have none.
@@ -144,7 +144,7 @@ def network(config: ConfigDict, channels: int, levels: int, classes: int | None)
     if "dtype" in options:
         options["dtype"] = pick({"float32": jnp.float32, "bfloat16": jnp.bfloat16}, options["dtype"], "network dtype")
     if config.network.precondition == "levels":
-        options["out_channels"] = channels * levels
+        options["out_channels"] = channels * cells(config, levels)
     if config.network.conditional:
         if classes is None:
             raise ValueError(f"network.conditional needs labels, and {config.data.name} has none")
@@ -158,6 +158,17 @@ def network(config: ConfigDict, channels: int, levels: int, classes: int | None)
     else:
         noise_level = lambda t: processes.log_snr(forward_process, t)
     return make(noise_level, **options)
+
+
+def cells(config: ConfigDict, levels: int) -> int:
+    """Return the number of cells of grey levels of network.precondition = "levels".
+
+    Raises:
+      ValueError: network.cells is negative.
+    """
+    if config.network.cells < 0:
+        raise ValueError(f"network.cells must not be negative, got {config.network.cells}")
+    return min(config.network.cells or levels, levels)
 
 
 def transform(config: ConfigDict, levels: int) -> DataTransform:
@@ -179,8 +190,8 @@ def field(config: ConfigDict, module, params, statistics: dict, **as_field_optio
     if config.network.precondition == "none":
         return net
     if config.network.precondition == "levels":
-        low = -1.0 if config.data.centered else 0.0
-        return level_field(process(config), net, statistics["log_prior"], low=low, predict=config.network.predict)
+        log_prior, edges = statistics["log_prior"], statistics["edges"]
+        return level_field(process(config), net, log_prior, edges=edges, predict=config.network.predict)
     mean, std = statistics["mean"], statistics["std"]
     return predictions.precondition(process(config), net, std, mean=mean, predict=config.network.predict)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 from experiments import build
 from experiments.artefacts import Run
 from jdiff import checkpoint, data
+from jdiff.levels import merged_levels
 from jdiff.transforms import DataTransform
 
 # Enough for mean and standard deviation of a pixel; the rest of a large set is not read.
@@ -62,13 +64,21 @@ def statistics(config: ConfigDict, source: data.Source, transform: DataTransform
     """Return what the field is preconditioned with, from the training data.
 
     "mean" and "std" in model space, one for all or one per pixel; dequantisation noise is counted in (its variance is
-    1/12 of a squared level), so that no pixel has deviation zero. For network.precondition = "levels": "log_prior", the
-    log-histogram of each pixel with 0.1 added to every count.
+    1/12 of a squared level), so that no pixel has deviation zero. For network.precondition = "levels": "edges" of the
+    cells in model space, and "log_prior", the log-histogram of each pixel over cells with 0.1 added to every count.
     """
     images = source.read(np.arange(min(len(source), _STATISTICS_EXAMPLES)))["image"].astype(np.float64)
     if config.network.precondition == "levels":
-        counts = np.stack([(images == level).sum(axis=0) for level in range(transform.levels)], axis=-1) + 0.1
-        return {"log_prior": np.log(counts / counts.sum(axis=-1, keepdims=True)).astype(np.float32)}
+        edges = np.arange(transform.levels + 1)
+        cells = build.cells(config, transform.levels)
+        if cells < transform.levels:
+            counts = np.bincount(images.ravel().astype(np.int64), minlength=transform.levels)
+            edges = merged_levels(counts, cells)
+        counts = np.stack([((low <= images) & (images < high)).sum(axis=0) for low, high in pairwise(edges)], axis=-1)
+        counts = counts + 0.1
+        log_prior = np.log(counts / counts.sum(axis=-1, keepdims=True))
+        ends = np.asarray(transform.forward(edges / transform.levels))
+        return {"log_prior": log_prior.astype(np.float32), "edges": ends.astype(np.float32)}
     axes = 0 if config.network.precondition == "pixel" else None
     noisy = config.data.dequantise
     mean, variance = images.mean(axis=axes), images.var(axis=axes) + 1 / 12
@@ -82,7 +92,11 @@ def statistics(config: ConfigDict, source: data.Source, transform: DataTransform
 def statistics_shapes(config: ConfigDict, model: Model) -> dict[str, jax.ShapeDtypeStruct]:
     """Return `statistics` as shapes."""
     if config.network.precondition == "levels":
-        return {"log_prior": jax.ShapeDtypeStruct((*model.shape, model.transform.levels), jnp.float32)}
+        cells = build.cells(config, model.transform.levels)
+        return {
+            "log_prior": jax.ShapeDtypeStruct((*model.shape, cells), jnp.float32),
+            "edges": jax.ShapeDtypeStruct((cells + 1,), jnp.float32),
+        }
     return dict.fromkeys(("mean", "std"), jax.ShapeDtypeStruct(model.shape, jnp.float32))
 
 
