@@ -1,5 +1,6 @@
 """Fields over levels against quadrature, and against the exact statistics and likelihood of independent entries."""
 
+import itertools
 import math
 
 import jax
@@ -10,7 +11,7 @@ from nn_reference import quick_jit
 
 import jdiff
 from jdiff import losses, processes
-from jdiff.levels import level_field
+from jdiff.levels import level_field, merged_levels
 from jdiff.transforms import DataTransform, bits_per_dim
 
 LEVELS, EVENT = 17, (2, 1)
@@ -36,10 +37,12 @@ def _at(process, x, t, log_prior, logits, predict, low=-1.0):
 _evaluate = quick_jit(_at, static_argnames=("predict", "low"))
 
 
-def _posterior(alpha, sigma, x, log_weights, low=-1.0, high=1.0):
+def _posterior(alpha, sigma, x, log_weights, low=-1.0, high=1.0, edges=None):
     """E[x_0 | x], E[eps | x] of one entry in float64: Gauss-Legendre in 40 panels over where each cell has mass."""
     nodes, weights = np.polynomial.legendre.leggauss(16)
-    edges = np.linspace(low, high, len(log_weights) + 1)
+    edges = np.linspace(low, high, len(log_weights) + 1) if edges is None else edges
+    low, high = edges[0], edges[-1]
+    log_weights = log_weights - np.log(np.diff(edges))
     if alpha > 0:
         nearest = min(max(x / alpha, low), high)
         reach = abs(x - alpha * nearest) / sigma + 12
@@ -116,6 +119,51 @@ def test_other_ends_of_the_levels():
     ]
     ours = _evaluate(process, x, t, LOG_PRIOR, 0 * LOGITS, "x0", low=0.0)[:, 0, 0]
     np.testing.assert_allclose(ours, row, atol=3e-6)
+
+
+@pytest.mark.parametrize("name", list(PROCESSES))
+def test_unequal_cells(name):
+    """Cells of 1 to 6 levels: uniform inside, so that a wide one is no likelier than its weight says."""
+    process, x, t, alpha, sigma = _batch(name)
+    edges = np.asarray([0, 1, 7, 8, 10, 15, 16, 17])
+    edges = 2 * edges.astype(np.float64) / LEVELS - 1
+    log_prior, logits = LOG_PRIOR[..., : len(edges) - 1], LOGITS[..., : len(edges) - 1]
+
+    @quick_jit
+    def evaluate(x, t):
+        fields = (
+            level_field(process, _net(jnp.asarray(logits)), jnp.asarray(log_prior), edges=jnp.asarray(edges), predict=k)
+            for k in ("x0", "eps")
+        )
+        return tuple(field(x, t) for field in fields)
+
+    rows = [
+        [
+            _posterior(alpha[i], sigma[i], float(x[i, j, 0]), log_prior[j, 0].astype(float) + logits[j, 0], edges=edges)
+            for j in range(2)
+        ]
+        for i in range(len(x))
+    ]
+    x0, eps = np.asarray(rows).transpose(2, 0, 1)[..., None]
+    ours_x0, ours_eps = evaluate(x, t)
+    np.testing.assert_allclose(ours_x0, x0, atol=1e-5)  # the series leaves 0.02 h^3 of a width of up to 0.7
+    assert (np.abs(ours_eps - eps) < 2e-5 + 3e-7 * (1 + np.abs(x)) / sigma[:, None, None]).all()
+
+
+def test_merged_levels_are_the_best_of_all_cuts():
+    rng = np.random.RandomState(0)
+    for levels in (1, 4, 7):
+        counts = rng.randint(0, 5, levels) ** 3
+
+        def log_likelihood(edges, counts=counts):
+            inside = np.asarray([counts[a:b].sum() for a, b in itertools.pairwise(edges)])
+            return sum(n * math.log(n / w) for n, w in zip(inside, np.diff(edges)) if n)
+
+        for cells in range(1, levels + 1):
+            cuts = [(0, *inner, levels) for inner in itertools.combinations(range(1, levels), cells - 1)]
+            best = merged_levels(counts, cells)
+            assert len(best) == cells + 1 and tuple(best) in cuts
+            assert log_likelihood(best) == pytest.approx(max(log_likelihood(cut) for cut in cuts))
 
 
 @pytest.mark.parametrize("name", list(PROCESSES))
@@ -260,6 +308,12 @@ def test_bad_input():
         level_field(process, net, prior, predict="noise")
     with pytest.raises(ValueError, match=r"low must be below high, got 1.0 and 1.0"):
         level_field(process, net, prior, low=1.0)
+    with pytest.raises(ValueError, match=r"edges must have shape \(18,\), one more than levels, got \(17,\)"):
+        level_field(process, net, prior, edges=jnp.linspace(-1, 1, 17))
+    with pytest.raises(ValueError, match=r"cells must be in 1 ... 3, the number of levels; got 4"):
+        merged_levels(np.ones(3), 4)
+    with pytest.raises(ValueError, match=r"counts must be finite, not negative and of shape \(levels,\)"):
+        merged_levels(np.asarray([1.0, -1.0]), 1)
     with pytest.raises(ValueError, match=r"log_prior must have shape \(3, 1, 17\)"):
         level_field(process, net, prior)(jnp.zeros((2, 3, 1)), jnp.full(2, 0.5))
     with pytest.raises(ValueError, match=r"17 logits per entry of x \(3, 2, 1\), got \(3, 2, 1, 16\)"):
