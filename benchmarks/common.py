@@ -20,9 +20,20 @@ from jdiff import data
 
 def arguments(description: str) -> argparse.Namespace:
     """Parse the flags of a benchmark: the run folder of the demo, and where the JSON goes."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--workdir", default="runs/digits", help="run folder of a trained model (make demo)")
-    parser.add_argument("--out", default="benchmarks/out", help="folder for JSON and pictures")
+    made = parser(description)
+    made.add_argument("--workdir", default="runs/digits", help="run folder of a trained model (make demo)")
+    return parse(made)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return the parser of the flag that all benchmarks have: where the JSON goes."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", default="benchmarks/out", help="folder for JSON and pictures")
+    return made
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the flags and make the folder of the results."""
     options = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
     pathlib.Path(options.out).mkdir(parents=True, exist_ok=True)
@@ -42,9 +53,10 @@ def trained_model(workdir: str):
     return config, build.process(config), field, trained, source
 
 
-def seconds(function: Callable[[], object], *, repeats: int = 5) -> float:
-    """Return the median wall time of a call, its result waited for, after one call to warm up."""
-    jax.block_until_ready(function())
+def seconds(function: Callable[[], object], *, repeats: int = 5, warm: bool = False) -> float:
+    """Return the median wall time of a call, its result waited for, after one call to warm up unless it is warm."""
+    if not warm:
+        jax.block_until_ready(function())
     return statistics.median(_once(function) for _ in range(repeats))
 
 

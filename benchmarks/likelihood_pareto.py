@@ -1,10 +1,11 @@
-"""Error of bits/dim against wall-clock: `log_likelihood` and the classical protocol, on the demo's trained network.
+"""Error of bits/dim against wall-clock: `log_likelihood` and the classical protocol, on trained networks.
 
     python -m benchmarks.likelihood_pareto [--workdir runs/digits]
+    python -m benchmarks.likelihood_pareto --workdir runs/mnist runs/mnist_smooth runs/mnist_positional --truth 1e-7
 
 The classical protocol (Song et al. 2021, arXiv 2011.13456, section 4.3, as its code runs it) is written out below:
 SciPy's RK45 on the host over the flattened batch with one joint error norm, drift and reverse-mode divergence as two
-device calls. Both sides get the same images, dequantisation and Rademacher probe; the truth is a float64 solve at 1e-9.
+device calls. All get the same images, dequantisation and Rademacher probe; the truth is a float64 solve.
 """
 
 from __future__ import annotations
@@ -25,18 +26,30 @@ from jdiff.transforms import bits_per_dim
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-IMAGES, REPEATS = 64, 3
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-KEY = 0
 
 
 def main() -> None:
-    """Measure both sides at all tolerances, write JSON and a picture."""
-    options = common.arguments(__doc__)
-    config, process, field, trained, source = common.trained_model(options.workdir)
+    """Measure both sides at all tolerances on every model, write JSON and a picture."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--workdir", nargs="+", default=["runs/digits"], help="run folders (make demo)")
+    parser.add_argument("--images", type=int, default=64, help="so many last images of the test split")
+    parser.add_argument("--tolerances", type=float, nargs="+", default=TOLERANCES)
+    parser.add_argument("--truth", type=float, default=1e-9, help="tolerance of the float64 solve")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--name", default="likelihood_pareto", help="of the JSON and the picture")
+    options = common.parse(parser)
+    models = {pathlib.Path(workdir).name: _measure(workdir, options) for workdir in options.workdir}
+    common.write(options, options.name, {"images": options.images, "models": models})
+    _picture(pathlib.Path(options.out) / f"{options.name}.png", models, options.images)
+
+
+def _measure(workdir, options):
+    """Return bits/dim per image by the truth, and the rows of both methods."""
+    config, process, field, trained, source = common.trained_model(workdir)
     transform, shape = trained.model.transform, source.shape
     # The last images of the test split, with noise that nothing else draws.
-    images = source.read(np.arange(len(source) - IMAGES, len(source)))["image"]
+    images = source.read(np.arange(len(source) - options.images, len(source)))["image"]
     noise, probes = jax.random.split(jax.random.key(2026))
     x = transform.forward(transform.dequantise(noise, images))
     bits = lambda log_prob: np.asarray(bits_per_dim(log_prob, transform, shape), np.float64)
@@ -53,25 +66,26 @@ def main() -> None:
             atol=tolerance,
         )
 
-    truth = _truth(config, process, field, trained, x, probes, bits)
+    name = pathlib.Path(workdir).name
+    truth = _truth(config, process, field, trained, x, probes, bits, options.truth)
+    error = truth.std(ddof=1) / math.sqrt(len(truth))
+    print(f"{name}: {truth.mean():.4f} +- {error:.4f} bits/dim", flush=True)
     ours, classical = [], []
-    for tolerance in TOLERANCES:
+    for tolerance in options.tolerances:
         call = jax.jit(lambda params, x, tolerance=tolerance: solve(params, x, tolerance))
         result = call(trained.params, x)
         assert not bool(result.failed.any())
-        wall = common.seconds(lambda call=call: call(trained.params, x), repeats=REPEATS)
+        wall = common.seconds(lambda call=call: call(trained.params, x), repeats=options.repeats)
         ours.append(_row(tolerance, bits(result.log_prob) - truth, wall, np.asarray(result.evaluations)))
-        print("ours     ", ours[-1], flush=True)
+        print(name, "ours     ", ours[-1], flush=True)
 
     protocol = _classical(config, process, field, trained, x, probes)
-    for tolerance in TOLERANCES:
+    for tolerance in options.tolerances:
         log_prob, evaluations = protocol(tolerance)
-        wall = common.seconds(lambda tolerance=tolerance: protocol(tolerance), repeats=REPEATS)
+        wall = common.seconds(lambda tolerance=tolerance: protocol(tolerance), repeats=options.repeats, warm=True)
         classical.append(_row(tolerance, bits(log_prob) - truth, wall, np.asarray([evaluations])))
-        print("classical", classical[-1], flush=True)
-
-    common.write(options, "likelihood_pareto", {"images": IMAGES, "ours": ours, "classical": classical})
-    _picture(pathlib.Path(options.out) / "likelihood_pareto.png", ours, classical)
+        print(name, "classical", classical[-1], flush=True)
+    return {"bits_per_dim": truth.tolist(), "ours": ours, "classical": classical}
 
 
 def _row(tolerance, error, wall, evaluations):
@@ -86,8 +100,8 @@ def _row(tolerance, error, wall, evaluations):
     }
 
 
-def _truth(config, process, field, trained, x, probes, bits):
-    """Return bits/dim of a float64 solve at 1e-9 with the same float32 weights, images and probe."""
+def _truth(config, process, field, trained, x, probes, bits, tolerance):
+    """Return bits/dim of a float64 solve with the same float32 weights, images and probe."""
     probe = _probe(probes, x)
     with jax.enable_x64(True):
         wide = lambda tree: jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), tree)
@@ -105,7 +119,7 @@ def _truth(config, process, field, trained, x, probes, bits):
 
             start = x, jnp.zeros(len(x), x.dtype)
             ends = process.t_min, process.t_max
-            solution = solvers.integrate_adaptive(SDE(drift), start, *ends, rtol=1e-9, atol=1e-9)
+            solution = solvers.integrate_adaptive(SDE(drift), start, *ends, rtol=tolerance, atol=tolerance)
             latent, logdet = solution.x
             return processes.prior_log_prob(process, latent) + logdet, solution.failed
 
@@ -158,16 +172,20 @@ def _classical(config, process, field, trained, x, probes):
     return protocol
 
 
-def _picture(file, ours, classical):
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharex=True)
+def _picture(file, models, images):
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharex=True)
     for axis, kind in zip(axes, ("mean_error", "max_error")):
-        for label, rows, style in (("jdiff", ours, "o-"), ("SciPy RK45, two calls", classical, "s--")):
-            axis.loglog([r["seconds"] for r in rows], [r[kind] for r in rows], style, label=label)
-            for r in rows:
-                axis.annotate(f"{r['tolerance']:g}", (r["seconds"], r[kind]), fontsize=7)
-        axis.set(xlabel="seconds for 64 images", ylabel=f"{kind.replace('_', ' ')}, bits/dim")
+        for n, (name, model) in enumerate(models.items()):
+            for method, style in (("ours", "o-"), ("classical", "s--")):
+                rows = model[method]
+                label = {"ours": "jdiff", "classical": "SciPy RK45, two calls"}[method]
+                label = label if len(models) == 1 else f"{name}, {label}"
+                axis.loglog([r["seconds"] for r in rows], [r[kind] for r in rows], style, color=f"C{n}", label=label)
+                for r in rows:
+                    axis.annotate(f"{r['tolerance']:g}", (r["seconds"], r[kind]), fontsize=7)
+        axis.set(xlabel=f"seconds for {images} images", ylabel=f"{kind.replace('_', ' ')}, bits/dim")
         axis.grid(alpha=0.3)
-        axis.legend()
+    axes[0].legend(fontsize=8)
     figure.savefig(file, dpi=130)
 
 
