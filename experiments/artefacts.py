@@ -15,6 +15,7 @@ import jax
 from ml_collections import ConfigDict
 
 import jdiff
+from configs.common import defaults
 
 # Groups that may change between the runs of one folder: they say how to look at a model, not which model it is.
 _EVALUATION = ("likelihood", "sampling")
@@ -54,7 +55,7 @@ class Run:
         self.write_json("versions.json", versions())
 
     def config(self) -> dict:
-        """Return what config.json holds.
+        """Return what config.json holds; fields that came with a later version have their defaults.
 
         Raises:
           FileNotFoundError: there is no run here.
@@ -66,7 +67,7 @@ class Run:
         values = read_json(file)
         if not isinstance(values, dict):
             raise ValueError(f"{file} must hold a JSON object")
-        return values
+        return _completed(values, defaults().to_dict())
 
     def match(self, config: ConfigDict) -> None:
         """Raise ValueError where config describes another model or training than the folder's config.json."""
@@ -151,6 +152,14 @@ def versions() -> dict:
         "devices": [f"{d.platform} {d.device_kind}" for d in jax.devices()],
         "processes": jax.process_count(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _completed(values: dict, like: dict) -> dict:
+    """Return values with the fields of `like` that are not there; `options` are free."""
+    return like | {
+        k: _completed(v, like[k]) if k != "options" and isinstance(v, dict) and isinstance(like.get(k), dict) else v
+        for k, v in values.items()
     }
 
 

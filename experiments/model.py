@@ -100,8 +100,8 @@ def statistics_shapes(config: ConfigDict, model: Model) -> dict[str, jax.ShapeDt
     return dict.fromkeys(("mean", "std"), jax.ShapeDtypeStruct(model.shape, jnp.float32))
 
 
-def load(config: ConfigDict, run: Run, source: data.Source) -> Trained:
-    """Return the newest good checkpoint's averaged parameters.
+def load(config: ConfigDict, run: Run, source: data.Source, *, step: int | None = None) -> Trained:
+    """Return the averaged parameters of the newest good checkpoint, or of that step.
 
     Raises:
       FileNotFoundError: nothing has been trained in this folder.
@@ -111,5 +111,5 @@ def load(config: ConfigDict, run: Run, source: data.Source) -> Trained:
     model = describe(config, source)
     like = {"ema": shapes(config, model), "statistics": statistics_shapes(config, model)}
     with checkpoint.open_manager(str(run / "checkpoints"), read_only=True) as manager:
-        restored = checkpoint.restore(manager, like)
+        restored = checkpoint.restore(manager, like, step=step)
     return Trained(model, restored["ema"], restored["statistics"], int(restored["step"]))

@@ -84,6 +84,7 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
         levels=int((builder.info.metadata or {}).get("levels", np.iinfo(image.np_dtype).max + 1)),
         classes=getattr(label, "num_classes", None),
         read=read,
+        version=str(builder.info.version),
     )
 
 

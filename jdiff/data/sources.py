@@ -23,6 +23,8 @@ class Source:
     levels: int
     classes: int | None
     read: Callable[[np.ndarray], dict[str, np.ndarray]] = dataclasses.field(repr=False)
+    version: str | None = None
+    """Of the prepared dataset, as TFDS spells it; None for arrays in memory."""
 
     def __len__(self) -> int:
         """The number of examples."""
