@@ -60,6 +60,9 @@ def defaults() -> ConfigDict:
     c.likelihood.atol = 1e-5
     c.likelihood.t_min = 0.0  # 0: the process's own
     c.likelihood.images = 0  # 0: the whole split
+    c.likelihood.tolerance_images = 128  # solved again at a tenth of the tolerance, for the solver's error; 0: none
+    c.likelihood.dequantisation = "uniform"
+    c.likelihood.matmul_precision = "highest"  # of JAX: highest, high or default (what the hardware likes)
 
     c.sampling = ConfigDict()
     c.sampling.solver = "heun"

@@ -320,7 +320,14 @@ def check(config: ConfigDict) -> None:
         group, name = path.split(".")
         if not 0 < config[group][name] < math.inf:
             raise ValueError(f"{path} must be positive and finite, got {config[group][name]}")
-    for path in ("likelihood.t_min", "likelihood.images", "sampling.t_min", "sampling.eta", "sampling.guidance"):
+    for path in (
+        "likelihood.t_min",
+        "likelihood.images",
+        "likelihood.tolerance_images",
+        "sampling.t_min",
+        "sampling.eta",
+        "sampling.guidance",
+    ):
         group, name = path.split(".")
         if not 0 <= config[group][name] < math.inf:
             raise ValueError(f"{path} must be finite and not negative, got {config[group][name]}")
@@ -336,6 +343,8 @@ def check(config: ConfigDict) -> None:
     pick(("jit", "shard_map", "pmap"), config.training.mapping, "training.mapping")
     pick(("rademacher", "gaussian", "exact"), config.likelihood.divergence, "likelihood.divergence")
     pick(("t", "log_snr"), config.likelihood.variable, "likelihood.variable")
+    pick(("uniform",), config.likelihood.dequantisation, "likelihood.dequantisation")
+    pick(("highest", "high", "default"), config.likelihood.matmul_precision, "likelihood.matmul_precision")
     solver(config, lambda x, t: x)
     optimiser(config)
     grid(config)

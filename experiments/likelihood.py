@@ -1,13 +1,17 @@
-"""Exact bits/dim of a trained model.
+"""Exact bits/dim of a trained model, with what the number is worth.
 
     python -m experiments.likelihood --workdir runs/digits [--split test] [--set likelihood.probes=4]
+    python -m experiments.likelihood --workdir runs/digits --error 1e-3       # choose the tolerance first
+    python -m experiments.likelihood --workdir runs/digits --shard 0/4        # a part, on this machine; or --merge
+    python -m experiments.likelihood --workdir runs/digits --against runs/other
 
-Prints the mean over a split with its standard error; writes likelihood_<split>.json, per-image records and a histogram.
+Prints the mean over a split with its standard error by sources and the solver's error; writes likelihood_<split>.json,
+per-image records (run again after a kill to go on), a histogram and the images with the fewest and the most bits.
 """
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import json
 import math
 import sys
@@ -20,113 +24,115 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import build, cli, model, pictures
+import jdiff
+from experiments import build, cli, errors, model, pictures
 from experiments.artefacts import Run, read_json, read_jsonl
+from experiments.errors import summarise
+from experiments.records import Pair, Records
 from jdiff import data, log_likelihood, parallel
 from jdiff.transforms import bits_per_dim
 
-PRECISION = "highest"
+__all__ = ["against", "details", "likelihood", "per_image", "report", "summarise"]
+
+_EXACT_LIMIT = 256
+# What two evaluations must share to be compared at all, and to have the same noise and probes.
+_SAME_IMAGES = ("data", "version", "split")
+_SAME_NOISE = ("seed", "dequantisation", "divergence", "probes")
 
 
-def likelihood(config: ConfigDict, run: Run, *, split: str = "") -> dict:
+def likelihood(
+    config: ConfigDict,
+    run: Run,
+    *,
+    split: str = "",
+    step: int | None = None,
+    shard: tuple[int, int] | None = None,
+    merge: bool = False,
+    error: float | None = None,
+) -> dict | None:
     """Evaluate a split (default: config.data.test) and return the summary that likelihood_<split>.json holds.
 
     Each image is dequantised config.likelihood.draws times, each time with its own probes; draw d of image i uses keys
-    folded from (seed, d, i), so the numbers do not depend on the batch size. Run again with the same settings and
-    checkpoint, it returns what is there.
+    folded from (seed, d, i), so the numbers do not depend on the batch size or on how the work is split, and two
+    models are compared with the same noise. Only what no record is there of is evaluated.
+
+    Args:
+      config: the configuration.
+      run: the run folder.
+      split: as TFDS spells it.
+      step: of the checkpoint (default: the newest).
+      shard: (k, n): evaluate the k-th of n parts only (default: those of JAX's processes).
+      merge: evaluate nothing.
+      error: bits/dim; choose the tolerance for it on config.likelihood.tolerance_images images, see
+        `errors.choose_tolerance`, instead of config.likelihood.rtol and atol.
+
+    Returns:
+      The summary, or None while other shards are not done.
 
     Raises:
       FileNotFoundError: nothing has been trained here.
-      ValueError: a folder of another configuration.
+      ValueError: a folder of another configuration, something unknown that the number depends on, a shard that is
+        none, records that are damaged; merge without all records; error with shards; a target that is not reached.
     """
     c = config.likelihood
-    split = split or config.data.test
-    source = data.load(config.data.name, split)
-    trained = model.load(config, run, source)
-    count = min(c.images or len(source), len(source))
-    settings = {
-        "data": config.data.name,
-        "split": split,
-        "images": count,
-        "step": trained.step,
-        "seed": config.seed,
-        "dequantisation": "uniform",
-        "t_min": c.t_min or build.process(config).t_min,
-        "matmul_precision": PRECISION,
-        **{k: c[k] for k in ("divergence", "probes", "draws", "variable", "rtol", "atol")},
-    }
-    name = f"likelihood_{_slug(split)}"
-    if (run / f"{name}.json").exists():
-        before = read_json(run / f"{name}.json")
-        if before.get("settings") == settings:
-            return before
+    shard = shard or (jax.process_index(), jax.process_count())
+    if error is not None and shard[1] > 1:
+        raise ValueError("--error needs one process: choose the tolerance first, with --set likelihood.images=128, say")
+    evaluation = _Evaluation(config, run, split or config.data.test, step, shard, merge)
+    few = [
+        (int(i), 0) for i in np.unique(np.linspace(0, evaluation.images - 1, c.tolerance_images).round().astype(int))
+    ]
+    rtol, atol, tried = c.rtol, c.atol, None
+    if error is not None:
+        solve = lambda tolerance: errors.table(evaluation.records(few, tolerance, tolerance), "bits_per_dim")[:, 0]
+        rtol, tried = errors.choose_tolerance(solve, error)
+        atol = rtol
 
-    start = time.perf_counter()
-    mesh = parallel.data_mesh()
-    batch_size = -(-min(c.batch_size, count) // mesh.size) * mesh.size
-    evaluate = _evaluator(config, trained, source.shape)
-    params, statistics = parallel.replicate((trained.params, trained.statistics), mesh)
-    records = []
-    total = -(-count // batch_size)
-    interval = 0.5 if sys.stderr.isatty() else 15
-    with tqdm(total=total * c.draws, desc=f"bits/dim {split}", unit="batch", mininterval=interval) as bar:
-        for batch in itertools.islice(data.evaluation_batches(source, batch_size), total):
-            keep = batch["mask"] & (batch["index"] < count)
-            placed = parallel.shard_batch({k: batch[k] for k in ("image", "index")}, mesh)
-            for draw in range(c.draws):
-                key = jax.random.fold_in(jax.random.key(config.seed), draw)
-                out = jax.device_get(evaluate(params, statistics, key, placed))
-                for row in np.flatnonzero(keep):
-                    values = {k: v[row].item() for k, v in out.items()}
-                    records.append({"index": int(batch["index"][row]), "draw": draw, **values})
-                bar.update()
-                bar.set_postfix_str(f"{np.nanmean([r['bits_per_dim'] for r in records]):.3f} bits/dim")
+    records = evaluation.records([(i, d) for d in range(c.draws) for i in range(evaluation.images)], rtol, atol)
+    tighter = evaluation.records(few, rtol / 10, atol / 10) if few else []
+    if records is None or tighter is None:
+        if merge:
+            raise ValueError(f"nothing to merge yet: {evaluation.missing} records of {evaluation.split} are missing")
+        return None
     summary = {
-        "settings": settings,
+        "settings": evaluation.settings(rtol, atol) | {"images": evaluation.images, "draws": c.draws},
         **summarise(records),
-        "device": f"{jax.device_count()} {jax.devices()[0].device_kind}",
-        "seconds": round(time.perf_counter() - start, 1),
+        "tolerance": _solver_error(records, tighter, rtol),
+        "tolerances_tried": tried,
+        "error_aimed_at": error,
+        "probe_noise": _probe_noise(records, c.probes),
+        "device": ", ".join(sorted({r["device"] for r in records})),
+        "seconds": round(sum(r["seconds"] for r in records), 1),
+        "jdiff": jdiff.__version__,
     }
-    lines = (json.dumps({k: None if v != v else v for k, v in record.items()}) + "\n" for record in records)
-    run.write(f"{name}.jsonl", "".join(lines))
+    name = f"likelihood_{_slug(evaluation.split)}"
+    run.write(f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     run.write_json(f"{name}.json", summary)
     return summary
 
 
 def per_image(run: Run, split: str) -> np.ndarray:
     """Return the bits/dim of each image of an evaluated split, averaged over draws, in the order of the split."""
-    records = read_jsonl(run / f"likelihood_{_slug(split)}.jsonl")
-    images = max(r["index"] for r in records) + 1
-    table = np.full((images, max(r["draw"] for r in records) + 1), np.nan)
-    for r in records:
-        table[r["index"], r["draw"]] = np.nan if r["bits_per_dim"] is None else r["bits_per_dim"]
-    return table.mean(axis=1)
+    return errors.table(read_jsonl(run / f"likelihood_{_slug(split)}.jsonl"), "bits_per_dim").mean(axis=1)
 
 
-def summarise(records: list[dict]) -> dict:
-    """Return mean, standard error and its parts, evaluations and failures of per-image, per-draw records.
+def against(run: Run, other: Run, split: str) -> dict:
+    """Return `errors.paired` of two evaluated models on the same images.
 
-    `standard_error` is that of the mean over images and contains every source; `noise_error` is the part of it that
-    comes from probes and dequantisation (from the spread between the draws of an image; null for one draw).
+    Raises:
+      FileNotFoundError: one of them is not evaluated.
+      ValueError: other data; see `errors.paired`.
     """
-    images = sorted({r["index"] for r in records})
-    draws = 1 + max(r["draw"] for r in records)
-    where = {index: row for row, index in enumerate(images)}
-    bits = np.full((len(images), draws), np.nan)
-    for r in records:
-        bits[where[r["index"]], r["draw"]] = r["bits_per_dim"]
-    failed = int(sum(r["failed"] for r in records))
-    good = bits[np.isfinite(bits).all(axis=1)]
-    mean, n = good.mean(axis=1), len(good)
-    noise = math.sqrt(good.var(axis=1, ddof=1).mean() / draws / n) if draws > 1 and n else None
-    return {
-        "bits_per_dim": float(mean.mean()) if n and not failed else None,
-        "standard_error": float(mean.std(ddof=1) / math.sqrt(n)) if n > 1 else None,
-        "noise_error": noise,
-        "evaluations_mean": float(np.mean([r["evaluations"] for r in records])),
-        "evaluations_max": int(max(r["evaluations"] for r in records)),
-        "failed": failed,
-    }
+    name = f"likelihood_{_slug(split)}"
+    for folder in (run, other):
+        if not (folder / f"{name}.json").exists():
+            raise FileNotFoundError(f"{folder.path} has no {name}.json: evaluate it first")
+    ours, theirs = (read_json(folder / f"{name}.json")["settings"] for folder in (run, other))
+    for field in _SAME_IMAGES:
+        if ours.get(field) != theirs.get(field):
+            raise ValueError(f"other data: {field} is {ours.get(field)!r} here, {theirs.get(field)!r} in {other.path}")
+    result = errors.paired(*(read_jsonl(folder / f"{name}.jsonl") for folder in (run, other)))
+    return result | {"common_noise": all(ours.get(field) == theirs.get(field) for field in _SAME_NOISE)}
 
 
 def report(summary: dict) -> str:
@@ -140,23 +146,138 @@ def report(summary: dict) -> str:
     error = "" if summary["standard_error"] is None else f" +- {summary['standard_error']:.4f} (standard error{noise})"
     return (
         f"{summary['bits_per_dim']:.4f}{error} bits/dim on {s['images']} images of {s['data']}/{s['split']}, "
-        f"{s['draws']} draws; {summary['evaluations_mean']:.0f} evaluations on average, at most "
+        f"{_count(s['draws'], 'draw')}; {summary['evaluations_mean']:.0f} evaluations on average, at most "
         f"{summary['evaluations_max']}, tolerance {s['rtol']:g}, step {s['step']}, {summary['seconds']} s"
     )
 
 
-def _evaluator(config, trained, shape):
+def details(summary: dict) -> str:
+    """Return the lines under `report`: the error by sources, the solver's error and what the number depends on."""
+    s = summary["settings"]
+    lines = []
+    if summary["parts"]:
+        text = "; ".join(f"{_together(part['sources'])} {part['error']:.4f}" for part in summary["parts"])
+        joined = any(len(part["sources"]) > 1 for part in summary["parts"])
+        hint = " (likelihood.draws and likelihood.probes of 2 or more tell them apart)" if joined else ""
+        lines.append(f"standard error: {text}{hint}")
+    if summary["probe_noise"] is not None:
+        lines.append(f"noise of one probe: {summary['probe_noise']:.4f} bits/dim an image")
+    if summary["tolerance"] is None:
+        lines.append("solver's error: not estimated (likelihood.tolerance_images = 0)")
+    else:
+        lines.append(f"solver's error: {_difference(summary['tolerance'], s['rtol'])}")
+    if summary["tolerances_tried"]:
+        tried = ", ".join(f"{t['tolerance']:g} gave {_number(t['mean'])}" for t in summary["tolerances_tried"])
+        lines.append(f"tolerance chosen for an error of {summary['error_aimed_at']:g}: {tried}")
+    lines.append(
+        f"data {s['data']} {s['version']}, split {s['split']}; dequantisation {s['dequantisation']}; "
+        f"{s['divergence']} divergence, {_count(s['probes'], 'probe')}; {s['process']} to t_min = {s['t_min']:g}, "
+        f"stepping in {s['variable']}"
+    )
+    lines.append(
+        f"protocol {s['protocol']}; matmul precision {s['matmul_precision']}; {summary['device']}; "
+        f"jdiff {summary['jdiff']}, step {s['step']}, parameters {s['parameters']}"
+    )
+    return "\n".join(f"  {line}" for line in lines)
+
+
+class _Evaluation:
+    """A model on a split: which records are wanted, which are there, and how to make the others."""
+
+    def __init__(self, config, run, split, step, shard, merge):
+        k, n = shard
+        if not 0 <= k < n:
+            raise ValueError(f"a shard is k/n with 0 <= k < n, got {k}/{n}")
+        self.split, self.missing = split, 0
+        self._config, self._run, self._shard, self._merge = config, run, shard, merge
+        self._source = source = data.load(config.data.name, split)
+        if source.version is None:
+            raise ValueError(f"{config.data.name}/{split} is of unknown version: no number without it")
+        size = math.prod(source.shape)
+        if config.likelihood.divergence == "exact" and size > _EXACT_LIMIT:
+            raise ValueError(
+                f'likelihood.divergence = "exact" takes D derivatives an evaluation and is for D <= {_EXACT_LIMIT}; '
+                f"images of {config.data.name} have D = {size}: use rademacher, with more likelihood.probes"
+            )
+        self._trained = model.load(config, run, source, step=step)
+        self._parameters = _digest((self._trained.params, self._trained.statistics))
+        self.images = min(config.likelihood.images or len(source), len(source))
+        self._evaluate = None
+
+    def settings(self, rtol: float, atol: float) -> dict:
+        """Return what a record depends on besides image and draw."""
+        c = self._config.likelihood
+        return {
+            "data": self._config.data.name,
+            "version": self._source.version,
+            "split": self.split,
+            "process": self._config.process.name,
+            "step": self._trained.step,
+            "parameters": self._parameters,
+            "seed": self._config.seed,
+            "protocol": "jdiff",
+            "t_min": c.t_min or build.process(self._config).t_min,
+            **{k: c[k] for k in ("dequantisation", "divergence", "probes", "variable", "matmul_precision")},
+            "rtol": rtol,
+            "atol": atol,
+        }
+
+    def records(self, pairs: list[Pair], rtol: float, atol: float) -> list[dict] | None:
+        """Return the records of all pairs in order, those missing evaluated first; None where other shards owe some."""
+        files = Records(self._run, f"likelihood_{_slug(self.split)}", self.settings(rtol, atol), self._shard)
+        there = files.read()
+        mine = files.share(pairs)
+        todo = [pair for pair in mine if pair not in there]
+        if todo and not self._merge:
+            self._compute(todo, min(self._config.likelihood.batch_size, len(mine)), rtol, atol, files.writer())
+            there = files.read()
+        missing = sum(pair not in there for pair in pairs)
+        self.missing += missing
+        return None if missing else [there[pair] for pair in sorted(pairs)]
+
+    def _compute(self, pairs, batch_size, rtol, atol, write):
+        mesh = parallel.data_mesh(jax.local_devices())
+        if self._evaluate is None:
+            self._batch_size = -(-batch_size // mesh.size) * mesh.size
+            self._evaluate = _evaluator(self._config, self._trained.model, self._source.shape)
+            self._placed = parallel.replicate((self._trained.params, self._trained.statistics), mesh)
+        device = f"{mesh.size} {jax.local_devices()[0].device_kind}"
+        total, count = 0.0, 0
+        interval = 0.5 if sys.stderr.isatty() else 15
+        with tqdm(total=len(pairs), desc=f"bits/dim {self.split}", unit="image", mininterval=interval) as bar:
+            for first in range(0, len(pairs), self._batch_size):
+                start = time.perf_counter()
+                rows = pairs[first : first + self._batch_size]
+                # Filled up with real images: one shape, one program, nothing for adaptive solvers to stumble over.
+                index, draw = np.resize(np.asarray(rows, np.int32), (self._batch_size, 2)).T
+                batch = {"image": self._source.read(index)["image"], "index": index, "draw": draw}
+                batch = parallel.shard_batch({k: np.ascontiguousarray(v) for k, v in batch.items()}, mesh)
+                out = jax.device_get(self._evaluate(*self._placed, batch, np.float32(rtol), np.float32(atol)))
+                seconds = (time.perf_counter() - start) / len(rows)
+                records = [
+                    {"index": i, "draw": d, **{k: v[row].item() for k, v in out.items()}}
+                    | {"device": device, "seconds": round(seconds, 6)}
+                    for row, (i, d) in enumerate(rows)
+                ]
+                write(records)
+                total, count = total + sum(r["bits_per_dim"] for r in records), count + len(records)
+                bar.update(len(rows))
+                bar.set_postfix_str(f"{total / count:.3f} bits/dim")
+
+
+def _evaluator(config, described, shape):
     c = config.likelihood
     forward_process = build.process(config)
-    described = trained.model
+    root = config.seed
 
     @jax.jit
-    def evaluate(params, statistics, key, batch):
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch["index"])
+    def evaluate(params, statistics, batch, rtol, atol):
+        key = jax.random.key(root)
+        keys = jax.vmap(lambda d, i: jax.random.fold_in(jax.random.fold_in(key, d), i))(batch["draw"], batch["index"])
         noise, probe = (jax.vmap(lambda k, n=n: jax.random.fold_in(k, n))(keys) for n in range(2))
         x = described.transform.forward(described.transform.dequantise(noise, batch["image"]))
         field = build.field(config, described.module, params, statistics)
-        with jax.default_matmul_precision(PRECISION):
+        with jax.default_matmul_precision(c.matmul_precision):
             result = log_likelihood(
                 None if c.divergence == "exact" else probe,
                 forward_process,
@@ -166,8 +287,8 @@ def _evaluator(config, trained, shape):
                 divergence=c.divergence,
                 probes=c.probes,
                 variable=c.variable,
-                rtol=c.rtol,
-                atol=c.atol,
+                rtol=rtol,
+                atol=atol,
                 t_min=c.t_min or None,
             )
         return {
@@ -180,20 +301,99 @@ def _evaluator(config, trained, shape):
     return evaluate
 
 
+def _solver_error(records, tighter, rtol):
+    """Return `errors.difference` of the same images, noise and probes at the tolerance and at a tenth of it."""
+    if not tighter:
+        return None
+    known = {(r["index"], r["draw"]): r["bits_per_dim"] for r in records}
+    bits = np.asarray([[known[r["index"], r["draw"]], r["bits_per_dim"]] for r in tighter], float)
+    return {"tighter": rtol / 10, **errors.difference(*bits.T)}
+
+
+def _probe_noise(records, probes):
+    """Return the standard deviation of a single probe's estimate around an image's mean, or None."""
+    found = [r["probe_error"] for r in records]
+    return math.sqrt(probes * np.mean(np.square(found))) if None not in found else None
+
+
+def _difference(t, rtol):
+    where = f"tolerance {rtol:g} against {t['tighter']:g} on {t['images']} images"
+    if t["bias"] is None:
+        return f"unknown, a solve failed ({where})"
+    spread = "" if t["bias_error"] is None else f" +- {t['bias_error']:.1e}"
+    return f"bias {t['bias']:+.1e}{spread}, mean {t['mean']:.1e}, largest {t['largest']:.1e} ({where})"
+
+
+def _together(sources):
+    *first, last = sources
+    return f"{', '.join(first)} and {last} together" if first else last
+
+
+def _count(number, noun):
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _number(value):
+    return "a failure" if value is None else f"{value:.1e}"
+
+
+def _digest(tree):
+    """Return the first 12 hexadecimal digits of the SHA-256 of all arrays with their paths."""
+    h = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        h.update(jax.tree_util.keystr(path).encode())
+        h.update(np.asarray(leaf).tobytes())
+    return h.hexdigest()[:12]
+
+
 def _slug(split):
     return "".join(c if c.isalnum() else "_" for c in split)
+
+
+def _shard(text):
+    k, slash, n = text.partition("/")
+    if not (slash and k.isdecimal() and n.isdecimal() and int(k) < int(n)):
+        raise ValueError(f"--shard is k/n with 0 <= k < n, such as 0/4; got {text!r}")
+    return int(k), int(n)
+
+
+def _show(folder, config, split, summary):
+    """Print a finished evaluation and write its pictures."""
+    print(report(summary))
+    if summary["bits_per_dim"] is None:
+        return
+    print(details(summary))
+    name, bits = f"likelihood_{_slug(split)}", per_image(folder, split)
+    pictures.bits_histogram(folder / f"{name}.png", bits, {})
+    source = data.load(config.data.name, split)
+    pictures.extremes(folder / f"{name}_extremes.png", lambda i: source.read(i)["image"], bits, source.levels)
 
 
 def main() -> None:
     """Run from the command line."""
     flags.DEFINE_string("split", "", "split to evaluate (default: the configuration's test split)")
+    flags.DEFINE_integer("step", None, "checkpoint to evaluate (default: the newest)")
+    flags.DEFINE_string("shard", None, "k/n: evaluate the k-th of n parts only (k from 0)")
+    flags.DEFINE_bool("merge", False, "evaluate nothing: merge the records of all shards")
+    flags.DEFINE_float("error", None, "choose the tolerance for this mean error in bits/dim")
+    flags.DEFINE_string("against", None, "another evaluated run folder: print the paired difference")
 
     def run(config, folder):
-        split = flags.FLAGS.split or config.data.test
-        summary = likelihood(config, folder, split=split)
-        print(report(summary))
-        bits = per_image(folder, split)
-        pictures.bits_histogram(folder / f"likelihood_{_slug(split)}.png", bits, {})
+        f = flags.FLAGS
+        split = f.split or config.data.test
+        shard = _shard(f.shard) if f.shard else None
+        summary = likelihood(config, folder, split=split, step=f.step, shard=shard, merge=f.merge, error=f.error)
+        if summary is None:
+            print("this part is done; the last shard to finish merges all (or run again with --merge)")
+            return 0
+        _show(folder, config, split, summary)
+        if f.against:
+            d = against(folder, Run(f.against), split)
+            noise = "common noise" if d["common_noise"] else "noise not in common"
+            print(
+                f"{d['difference']:+.4f} +- {d['error']:.4f} bits/dim against {f.against} (negative: better here; "
+                f"paired on {d['images']} images, {noise}; unpaired {d['unpaired']:.4f})"
+            )
         return 0 if summary["failed"] == 0 else 4
 
     cli.main(run, evaluation=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
+from collections.abc import Callable
 
 import matplotlib
 import numpy as np
@@ -53,10 +54,36 @@ def bits_histogram(file: pathlib.Path, bits: np.ndarray, yardsticks: dict[str, f
     """Write the histogram of per-image bits/dim, with the yardsticks' means as lines."""
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     axes.hist(bits, bins=30, color="0.6")
-    axes.axvline(bits.mean(), color="C0", label=f"model {bits.mean():.3f}")
+    axes.axvline(bits.mean(), color="C0", label=f"mean {bits.mean():.3f}")
     for i, (name, value) in enumerate(yardsticks.items()):
         axes.axvline(value, color=f"C{i + 1}", linestyle="--", linewidth=1, label=f"{name} {value:.3f}")
     axes.set(xlabel="bits/dim", ylabel="images", title="Test images")
     axes.legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def extremes(
+    file: pathlib.Path, read: Callable[[np.ndarray], np.ndarray], bits: np.ndarray, levels: int, *, count: int = 10
+) -> None:
+    """Write the `count` images with the fewest bits/dim (first row) and those with the most, each with its value.
+
+    Args:
+      file: where to.
+      read: numbers of images -> images (n, H, W, C), C = 1 or 3.
+      bits: of each image.
+      levels: of the images.
+      count: how many of each, at most half of them.
+    """
+    order = np.argsort(bits)
+    count = min(count, len(bits) // 2)
+    chosen = np.concatenate([order[:count], order[::-1][:count]])
+    images = read(chosen).astype(np.float64) / (levels - 1)
+    figure, axes = plt.subplots(2, max(count, 1), figsize=(1.1 * count, 2.9), layout="constrained", squeeze=False)
+    for a, image, number in zip(axes.flat, images, chosen, strict=True):
+        a.imshow(image if image.shape[2] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=1)
+        a.set_title(f"{bits[number]:.3f}\n{number}", fontsize=8)
+        a.axis("off")
+    figure.suptitle(f"Fewest and most bits/dim of {len(bits)} images", fontsize=9)
     figure.savefig(file, dpi=120)
     plt.close(figure)
