@@ -13,6 +13,7 @@ def defaults() -> ConfigDict:
     c.data.train = "train"  # splits, as TFDS spells them
     c.data.validation = ""  # choices are made on this one; empty: none
     c.data.test = "test"
+    c.data.size = 0  # height and width that the images must have; 0: any
     c.data.flip = False
     c.data.dequantise = True  # train on (k + u) / levels; False: on k / (levels - 1), as published in 2021
     c.data.centered = True  # model space [-1, 1] or [0, 1]

@@ -40,7 +40,15 @@ class Trained(NamedTuple):
 
 
 def describe(config: ConfigDict, source: data.Source) -> Model:
-    """Return the model of a configuration for a data set."""
+    """Return the model of a configuration for a data set.
+
+    Raises:
+      ValueError: images of another size than config.data.size.
+    """
+    size = config.data.size
+    if size and source.shape[:2] != (size, size):
+        height, width, _ = source.shape
+        raise ValueError(f"data.size = {size}, and the images of {source.name} are {height}x{width}")
     module = build.network(config, source.shape[-1], source.levels, source.classes)
     return Model(module, build.transform(config, source.levels), source.shape, source.classes)
 
