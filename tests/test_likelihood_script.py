@@ -1,0 +1,367 @@
+"""The likelihood script: what its errors mean, and that kills, shards and batch sizes change no number."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from configs import smoke
+from experiments import build, cli, errors, likelihood, model
+from experiments.artefacts import Run, read_json, read_jsonl
+from experiments.records import Records
+from jdiff import checkpoint, data
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+IMAGE, DEQUANTISED, PROBE = 0.2, 0.06, 0.09
+
+
+def _synthetic(rng, images, draws, probes):
+    """Bits and probe errors of images whose three sources have the standard deviations above."""
+    noise = rng.normal(0, DEQUANTISED, (images, draws, 1)) + rng.normal(0, PROBE, (images, draws, probes))
+    estimates = 3 + rng.normal(0, IMAGE, (images, 1, 1)) + noise
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error = estimates.std(axis=2, ddof=1) / math.sqrt(probes) if probes > 1 else np.full((images, draws), np.nan)
+    return estimates.mean(axis=2), error
+
+
+@pytest.mark.parametrize(
+    "draws, probes, expected",
+    [
+        (3, 4, {("s",): IMAGE**2, ("d",): DEQUANTISED**2 / 3, ("p",): PROBE**2 / 12}),
+        (3, 1, {("s",): IMAGE**2, ("d", "p"): (DEQUANTISED**2 + PROBE**2) / 3}),
+        (1, 4, {("s", "d"): IMAGE**2 + DEQUANTISED**2, ("p",): PROBE**2 / 4}),
+        (1, 1, {("s", "d", "p"): IMAGE**2 + DEQUANTISED**2 + PROBE**2}),
+    ],
+)
+def test_the_parts_are_the_known_variances(draws, probes, expected):
+    """Each part of 20,000 images is known to 2 %; the parts add up to the whole."""
+    n = 20_000
+    bits, probe_error = _synthetic(np.random.RandomState(0), n, draws, probes)
+    total, noise, parts = errors.decompose(bits, probe_error)
+    names = {"s": errors.SAMPLING, "d": errors.DEQUANTISATION, "p": errors.PROBES}
+    assert [part["sources"] for part in parts] == [[names[k] for k in sources] for sources in expected]
+    for part, variance in zip(parts, expected.values(), strict=True):
+        assert part["error"] == pytest.approx(math.sqrt(variance / n), rel=0.02)
+    assert total**2 == pytest.approx(sum(part["error"] ** 2 for part in parts), rel=1e-9)
+    assert (noise is None) == (draws == 1)
+
+
+def test_the_whole_is_the_spread_of_the_mean():
+    """Over 4,000 evaluations of 6 images the mean squared estimates are the variance of what they are errors of."""
+    rng = np.random.RandomState(1)
+    totals, noises, means, within = [], [], [], []
+    image = rng.normal(0, IMAGE, (6, 1))
+    for _ in range(4000):
+        bits, probe_error = _synthetic(rng, 6, 2, 3)
+        total, noise, _ = errors.decompose(bits, probe_error)
+        totals.append(total**2)
+        noises.append(noise**2)
+        means.append(bits.mean())
+        fixed = image + rng.normal(0, DEQUANTISED, (6, 2)) + rng.normal(0, PROBE / math.sqrt(3), (6, 2))
+        within.append(fixed.mean())
+    assert np.mean(totals) == pytest.approx(np.var(means), rel=0.08)
+    assert np.mean(noises) == pytest.approx(np.var(within), rel=0.08)
+
+
+def test_an_exact_divergence_has_no_probe_error_and_negative_parts_are_zero():
+    bits = np.asarray([[1.0, 3.0], [3.0, 1.0], [2.0, 2.0]])  # images alike, draws not
+    total, noise, parts = errors.decompose(bits, np.zeros((3, 2)))
+    assert total == 0 and noise == pytest.approx(math.sqrt(4 / 3 / 6))
+    assert [part["error"] for part in parts] == [0, pytest.approx(noise), 0]
+
+
+def test_the_solvers_error_by_hand():
+    d = errors.difference(np.asarray([1.0, 2.0, 4.0]), np.asarray([1.5, 2.0, 3.0]))
+    assert (d["images"], d["mean"], d["largest"]) == (3, 0.5, 1.0)
+    assert d["bias"] == pytest.approx(1 / 6)
+    assert d["bias_error"] == pytest.approx(np.std([-0.5, 0, 1], ddof=1) / math.sqrt(3))
+    assert errors.difference(np.asarray([math.nan, 1.0]), np.ones(2))["mean"] is None
+
+
+def test_the_tolerance_is_the_loosest_that_meets_the_target():
+    rng, solved = np.random.RandomState(0), []
+    spread = rng.normal(size=64)
+
+    def solve(tolerance):
+        solved.append(tolerance)
+        return 3 + np.where(tolerance > 5e-3, math.nan, 0) + spread * 0.3 * tolerance**0.5
+
+    found, tried = errors.choose_tolerance(solve, 2e-3)
+    mean = lambda t: np.abs(spread).mean() * 0.3 * (t**0.5 - (t / 10) ** 0.5)
+    assert mean(1e-3) > 2e-3 > mean(1e-4) and found == pytest.approx(1e-4)
+    assert [t["tolerance"] for t in tried] == pytest.approx([1e-2, 1e-3, 1e-4])
+    assert tried[0]["mean"] is None  # a failed solve never meets a target
+    assert tried[2]["mean"] == pytest.approx(mean(1e-4))
+    assert solved == pytest.approx([1e-2, 1e-3, 1e-4, 1e-5])  # each tolerance once
+    with pytest.raises(ValueError, match=r"no tolerance has an estimated error of 1e-09 .*1e-06: "):
+        errors.choose_tolerance(solve, 1e-9)
+    for target in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="must be positive and finite"):
+            errors.choose_tolerance(solve, target)
+
+
+def test_a_paired_difference_is_known_better_than_either_mean():
+    rng = np.random.RandomState(0)
+    image, noise = rng.normal(3, 0.5, (200, 1)), rng.normal(0, 0.1, (200, 2))
+    first, second = image + noise, image + noise + 0.02 + rng.normal(0, 0.03, (200, 2))
+    rows = lambda bits: [{"index": i, "draw": d, "bits_per_dim": bits[i, d]} for i in range(200) for d in range(2)]
+    result = errors.paired(rows(first), rows(second)[:300])  # the other has 150 of the images
+    d = (first - second)[:150].mean(axis=1)
+    assert result["images"] == 150 and result["draws"] == 2
+    assert result["difference"] == pytest.approx(d.mean()) and d.mean() < 0
+    assert result["error"] == pytest.approx(d.std(ddof=1) / math.sqrt(150))
+    assert result["unpaired"] > 20 * result["error"]
+    with pytest.raises(ValueError, match="0 images in common"):
+        errors.paired(rows(first), [])
+    with pytest.raises(ValueError, match="150 images in common, not all with the same draws"):
+        errors.paired(rows(first), rows(second)[:299])
+    with pytest.raises(ValueError, match="failed solves"):
+        errors.paired(rows(first), [{**row, "bits_per_dim": None} for row in rows(second)])
+
+
+# Records --------------------------------------------------------------------------------------------------------------
+
+
+def _run(tmp_path):
+    (tmp_path / "run").mkdir(exist_ok=True)
+    return Run(tmp_path / "run")
+
+
+def test_shares_are_all_pairs_once():
+    pairs = [(i, d) for d in range(2) for i in range(7)]
+    for n in (1, 2, 3, 4, 20):
+        shares = [Records(Run("nowhere"), "x", {}, (k, n)).share(pairs) for k in range(n)]
+        assert [pair for share in shares for pair in share] == pairs
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_records_survive_a_kill_and_know_their_settings(tmp_path):
+    run, settings = _run(tmp_path), {"rtol": 1e-5, "split": "test"}
+    record = lambda i, bits=1.0: {"index": i, "draw": 0, "bits_per_dim": bits}
+    files = Records(run, "x", settings, (0, 2))
+    assert files.read() == {}
+    files.writer()([record(0), record(1, math.nan)])
+    (file,) = run.path.glob("x-*.0-of-2.jsonl")
+    with open(file, "a") as torn:
+        torn.write('{"index": 2, "dra')
+    assert sorted(files.read()) == [(0, 0), (1, 0)] and files.read()[1, 0]["bits_per_dim"] is None
+    files.writer()([record(3)])  # cuts the torn line off and appends
+    assert sorted(files.read()) == [(0, 0), (1, 0), (3, 0)]
+    assert all(json.loads(line) for line in file.read_text().splitlines())
+
+    # Another number of processes sees the same records; other settings see none of them.
+    Records(run, "x", settings, (1, 3)).writer()([record(0, 9.0), record(5)])
+    assert sorted(Records(run, "x", settings).read()) == [(0, 0), (1, 0), (3, 0), (5, 0)]
+    assert files.read()[0, 0]["bits_per_dim"] == 1.0
+    assert Records(run, "x", {**settings, "rtol": 1e-4}).read() == {}
+
+    lines = file.read_text().splitlines()
+    lines[0] = json.dumps({"settings": {**settings, "rtol": 1e-3}})
+    file.write_text("\n".join(lines) + "\n")
+    for call in (files.read, files.writer):
+        with pytest.raises(ValueError, match=r"0-of-2.* other settings: rtol: 0.001 there, 1e-05 here"):
+            call()
+    file.write_text("\n".join(lines[1:]) + "\n")
+    with pytest.raises(ValueError, match="does not begin with the settings"):
+        files.read()
+    file.write_text("{]\n{}\n")
+    with pytest.raises(ValueError, match="is not JSON lines"):
+        files.read()
+
+
+# The script -----------------------------------------------------------------------------------------------------------
+
+SETTINGS = {"likelihood__draws": 2, "likelihood__probes": 2, "likelihood__rtol": 1e-2, "likelihood__atol": 1e-2}
+
+
+def _config(**changes):
+    """A residual MLP of width 8 on the digits."""
+    config = smoke.get_config()
+    for text in (
+        "network.name=mlp",
+        'network.options={"width": 8, "depth": 1}',
+        "likelihood.images=12",
+        "likelihood.batch_size=8",
+        "likelihood.tolerance_images=4",
+        *(f"{path.replace('__', '.')}={json.dumps(value)}" for path, value in changes.items()),
+    ):
+        cli.override(config, text)
+    build.check(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    data.load("digits", "train", data_dir=folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, data_dir, monkeypatch):
+    """Return make(name, seed): a run folder with a checkpoint of an untrained network."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+
+    def make(name, seed=0):
+        run, config = Run(tmp_path / name), _config()
+        run.open(config)
+        source = data.load("digits", "train")
+        described = model.describe(config, source)
+        params = model.initialise(config, described, jax.random.key(seed))
+        statistics = model.statistics(config, source, described.transform)
+        with checkpoint.open_manager(str(run / "checkpoints")) as manager:
+            checkpoint.save(manager, 7, {"ema": params, "statistics": statistics}, force=True)
+        return run
+
+    return make
+
+
+def _bits(run):
+    return errors.table(read_jsonl(run / "likelihood_test.jsonl"), "bits_per_dim")
+
+
+def test_killed_sharded_and_in_other_batches_it_is_the_same_evaluation(folder, monkeypatch):
+    whole, traces = folder("whole"), []
+    log_likelihood = likelihood.log_likelihood
+    counted = lambda *args, **options: traces.append(1) or log_likelihood(*args, **options)
+    monkeypatch.setattr(likelihood, "log_likelihood", counted)
+    summary = likelihood.likelihood(_config(**SETTINGS), whole)
+    assert len(traces) == 1  # all batches, both tolerances
+    assert summary == read_json(whole / "likelihood_test.json")
+    expected = _bits(whole)
+    assert expected.shape == (12, 2) and summary["bits_per_dim"] == pytest.approx(expected.mean(), abs=1e-12)
+    assert [len(part["sources"]) for part in summary["parts"]] == [1, 1, 1]
+    assert summary["settings"]["version"] == "1.0.0" and summary["settings"]["step"] == 7
+    assert summary["tolerance"]["images"] == 4 and 0 < summary["tolerance"]["mean"] < 0.1
+
+    # Killed in the second batch, in the middle of a line; resumed with other batches.
+    killed = folder("killed")
+    shard_batch, placed = likelihood.parallel.shard_batch, []
+
+    def killing(batch, mesh):
+        placed.append(list(zip(batch["index"].tolist(), batch["draw"].tolist(), strict=True)))
+        if len(placed) == 2:
+            raise KeyboardInterrupt
+        return shard_batch(batch, mesh)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(likelihood.parallel, "shard_batch", killing)
+        with pytest.raises(KeyboardInterrupt):
+            likelihood.likelihood(_config(**SETTINGS), killed)
+        (file,) = killed.path.glob("likelihood_test-*.jsonl")
+        file.write_text(file.read_text() + '{"index": 8, "dr')
+        assert not (killed / "likelihood_test.json").exists()
+        resumed = likelihood.likelihood(_config(**SETTINGS, likelihood__batch_size=16), killed)
+    assert set(placed[2]) == {(i, d) for d in range(2) for i in range(12)} - set(placed[0])  # the missing ones only
+    np.testing.assert_allclose(_bits(killed), expected, rtol=2e-4)
+    assert resumed["settings"] == summary["settings"]
+
+    # Three shards, of which the last to finish merges.
+    split = folder("split")
+    config = _config(**SETTINGS, likelihood__batch_size=4)
+    with pytest.raises(ValueError, match=r"nothing to merge yet: 28 records of test are missing"):
+        likelihood.likelihood(config, split, merge=True)
+    for k in (2, 0):
+        assert likelihood.likelihood(config, split, shard=(k, 3)) is None
+    with monkeypatch.context() as patch:
+        last = likelihood.likelihood(config, split, shard=(1, 3))
+        patch.setattr(likelihood, "_evaluator", None)
+        assert likelihood.likelihood(config, split, merge=True) == last == likelihood.likelihood(config, split)
+    assert len(list(split.path.glob("likelihood_test-*.1-of-3.jsonl"))) == 2  # two tolerances
+    np.testing.assert_allclose(_bits(split), expected, rtol=2e-4)
+    for name in ("bits_per_dim", "standard_error", "noise_error"):
+        assert last[name] == pytest.approx(summary[name], rel=2e-3)
+    with pytest.raises(ValueError, match=r"shard is k/n with 0 <= k < n, got 3/3"):
+        likelihood.likelihood(config, split, shard=(3, 3))
+    with pytest.raises(ValueError, match="--error needs one process"):
+        likelihood.likelihood(config, split, shard=(1, 3), error=1e-3)
+
+    # More images or draws go on from what is there.
+    count = len(traces)
+    likelihood.likelihood(_config(**SETTINGS | {"likelihood__draws": 1}, likelihood__images=8), whole)
+    assert likelihood.per_image(whole, "test") == pytest.approx(expected[:8, 0]) and len(traces) <= count + 1
+
+
+def test_the_tolerance_is_chosen_and_said_and_two_models_are_compared(folder, capsys):
+    ours, other = folder("ours"), folder("other", seed=1)
+    config = _config(likelihood__probes=2)
+    summary = likelihood.likelihood(config, ours, error=1e-3)
+    tried = summary["tolerances_tried"]
+    assert summary["settings"]["rtol"] == tried[-1]["tolerance"] == summary["settings"]["atol"]
+    assert tried[-1]["mean"] <= 1e-3 < min([t["mean"] for t in tried[:-1]], default=math.inf)
+    assert summary["tolerance"]["mean"] == tried[-1]["mean"]  # of the same images
+    likelihood._show(ours, config, "test", summary)
+    out = capsys.readouterr().out
+    for said in (
+        f"{summary['bits_per_dim']:.4f} +- {summary['standard_error']:.4f}",
+        "12 images of digits/test, 1 draw;",
+        "test-set sampling and dequantisation together 0.",
+        "; probes 0.",
+        f"noise of one probe: {summary['probe_noise']:.4f} bits/dim an image",
+        f"bias {summary['tolerance']['bias']:+.1e} +- ",
+        "on 4 images",
+        "chosen for an error of 0.001: 0.01 gave",
+        "data digits 1.0.0, split test; dequantisation uniform; rademacher divergence, 2 probes; VP to t_min = 1e-05",
+        "protocol jdiff; matmul precision highest; 8 cpu;",
+        "step 7, parameters ",
+    ):
+        assert said in out, said
+    for name in ("likelihood_test.png", "likelihood_test_extremes.png"):
+        assert (ours / name).read_bytes()[:4] == b"\x89PNG"
+
+    with pytest.raises(FileNotFoundError, match=r"other has no likelihood_test.json: evaluate it first"):
+        likelihood.against(ours, other, "test")
+    tolerance = summary["settings"]["rtol"]
+    config = _config(likelihood__probes=2, likelihood__rtol=tolerance, likelihood__atol=tolerance)
+    there = likelihood.likelihood(config, other)
+    assert there["settings"]["parameters"] != summary["settings"]["parameters"]
+    result = likelihood.against(ours, other, "test")
+    assert result["common_noise"] and result["images"] == 12
+    assert result["difference"] == pytest.approx(summary["bits_per_dim"] - there["bits_per_dim"], abs=1e-9)
+    there["settings"]["version"] = "2.0.0"
+    other.write_json("likelihood_test.json", there)
+    with pytest.raises(ValueError, match=r"other data: version is '1.0.0' here, '2.0.0'"):
+        likelihood.against(ours, other, "test")
+
+
+def test_the_exact_divergence_has_no_probe_noise_and_a_limit(folder, monkeypatch):
+    run = folder("exact")
+    config = _config(likelihood__divergence="exact", likelihood__images=8, likelihood__tolerance_images=0)
+    summary = likelihood.likelihood(config, run)
+    assert summary["parts"][-1] == {"sources": [errors.PROBES], "error": 0.0} and summary["probe_noise"] == 0
+    assert summary["tolerance"] is None and "not estimated" in likelihood.details(summary)
+    monkeypatch.setattr(likelihood, "_EXACT_LIMIT", 63)
+    with pytest.raises(ValueError, match=r"for D <= 63; images of digits have D = 64: use rademacher"):
+        likelihood.likelihood(config, run)
+
+
+def test_no_number_without_its_ingredients(folder, monkeypatch):
+    run, load = folder("unknown"), data.load
+    unknown = lambda *names: dataclasses.replace(load(*names), version=None)
+    monkeypatch.setattr(likelihood.data, "load", unknown)
+    with pytest.raises(ValueError, match="digits/test is of unknown version"):
+        likelihood.likelihood(_config(), run)
+
+
+def test_a_folder_of_an_earlier_version_is_still_read(folder):
+    """Fields that came later have their defaults; those of another model are still told apart."""
+    run = folder("old")
+    values = read_json(run / "config.json")
+    del values["likelihood"]["matmul_precision"], values["training"]["ema_warmup"]
+    run.write_json("config.json", values)
+    config = cli.from_dict(run.config())
+    assert config.likelihood.matmul_precision == "highest" and config.training.ema_warmup is True
+    run.match(_config())
+    with pytest.raises(ValueError, match=r"training.ema_warmup: True there, False here"):
+        run.match(_config(training__ema_warmup=False))
+
+
+@pytest.mark.parametrize("text", ["", "1", "2/2", "a/2", "-1/2", "1/2/3", "/"])
+def test_a_shard_is_two_numbers(text):
+    with pytest.raises(ValueError, match="--shard is k/n"):
+        likelihood._shard(text)
+    assert likelihood._shard("0/4") == (0, 4)
