@@ -396,6 +396,7 @@ def main() -> None:
             )
         return 0 if summary["failed"] == 0 else 4
 
+    parallel.start_processes()  # each then evaluates its part, and the last to finish merges
     cli.main(run, evaluation=True)
 
 
