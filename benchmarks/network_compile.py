@@ -18,6 +18,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+from experiments.train import CPU_COMPILER_OPTIONS
 from jdiff import nn
 
 BATCH = 4
@@ -60,11 +61,18 @@ def measure(size: str, repeats: int) -> list[dict]:
         return jax.value_and_grad(loss)(params)
 
     rows = []
-    for name, function in {"forward": forward, "jvp": jvp, "gradient": gradient}.items():
+    lean = CPU_COMPILER_OPTIONS if jax.default_backend() == "cpu" else None
+    cases = (
+        ("forward", forward, None),
+        ("jvp", jvp, None),
+        ("gradient", gradient, lean),
+        ("gradient, default schedule", gradient, None),
+    )
+    for name, function, compiler_options in cases:
         start, busy = time.perf_counter(), time.process_time()
         lowered = jax.jit(function).lower(params, x, t)
         traced = time.perf_counter()
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options)
         done, busy = time.perf_counter(), time.process_time() - busy
         jax.block_until_ready(compiled(params, x, t))
         row = {

@@ -27,6 +27,8 @@ from jdiff import checkpoint, data, parallel, training
 
 INTERRUPTED = 130
 _IN_MEMORY_BYTES = 2**28
+# XLA:CPU's default schedule hoists work for concurrency: half as much memory again, no faster (docs/results.md).
+CPU_COMPILER_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
 
 
 def train(config: ConfigDict, run: Run) -> int:
@@ -88,6 +90,7 @@ def train(config: ConfigDict, run: Run) -> int:
             c.mapping,
             ema_decay=c.ema_decay,
             ema_warmup=c.ema_warmup,
+            compiler_options=CPU_COMPILER_OPTIONS if jax.default_backend() == "cpu" else None,
         )
         validate = _validation(config, described, statistics, validation, validation_key)
 

@@ -88,6 +88,7 @@ def data_parallel(
     ema_decay: float,
     ema_warmup: bool = True,
     donate: bool = True,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Callable[[TrainState, jax.Array, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]:
     """Compile `jdiff.training.make_train_step` over a mesh: state replicated, batch split, gradients averaged.
 
@@ -103,6 +104,7 @@ def data_parallel(
         ema_decay: see `make_train_step`.
         ema_warmup: see `make_train_step`.
         donate: reuse the old state's memory for the new one; the old state is gone after the call.
+        compiler_options: as in `jax.jit`; the step can then not be called inside another `jit`.
 
     Returns:
         A jitted `(state, key, batch) -> (state, metrics)` (it has `.lower`), for a state from `replicate` or one that
@@ -126,6 +128,7 @@ def data_parallel(
         in_shardings=(whole, whole, split),
         out_shardings=(whole, whole),
         donate_argnums=(0,) if donate else (),
+        compiler_options=compiler_options,
     )
 
 
