@@ -20,12 +20,11 @@ def summarise(records: list[dict]) -> dict:
     """
     bits = table(records, "bits_per_dim")
     failed = int(sum(r["failed"] or not _finite(r["bits_per_dim"]) for r in records))
-    good = np.isfinite(bits).all(axis=1)
-    n, mean = int(good.sum()), bits[good].mean(axis=1)
-    probes = table(records, "probe_error")[good] if "probe_error" in records[0] else np.full_like(bits[good], np.nan)
-    total, noise, parts = decompose(bits[good], probes) if n > 1 else (None, None, [])
+    good = np.isfinite(bits)
+    probes = table(records, "probe_error") if "probe_error" in records[0] else np.full_like(bits, np.nan)
+    total, noise, parts = decompose(bits, probes) if good.any(axis=1).sum() > 1 else (None, None, [])
     return {
-        "bits_per_dim": float(mean.mean()) if n and not failed else None,
+        "bits_per_dim": float(bits[good].mean()) if good.any() and not failed else None,
         "standard_error": total,
         "noise_error": noise,
         "parts": parts,
@@ -39,22 +38,28 @@ def decompose(bits: np.ndarray, probes: np.ndarray) -> tuple[float, float | None
     """Return the standard error of the mean over images, that of its noise, and its parts by sources.
 
     An image's value is mu + image + dequantisation + probes, the last two drawn anew each time. With n images and m
-    draws, total^2 = var(image means) / n; noise^2 = mean(var over draws) / (m n) needs two draws; probes^2 =
-    sum(probe_error^2) / (m n)^2 needs two probes a draw (or the exact divergence, where it is 0). The others are what
-    is left: sampling^2 = total^2 - noise^2, dequantisation^2 = noise^2 - probes^2, 0 where an estimate is
-    negative. Sources that cannot be told apart stand together in one part.
+    draws of each, N = m n, total^2 = var(image means) / n; noise^2 = mean(var over draws) / N needs two draws;
+    probes^2 = sum(probe_error^2) / N^2 needs two probes a draw (or the exact divergence, where it is 0). The others
+    are what is left: sampling^2 = total^2 - noise^2, dequantisation^2 = noise^2 - probes^2, 0 where an estimate is
+    negative. Sources that cannot be told apart stand together in one part. Where images have different numbers of
+    draws, total^2 is the sandwich estimate for clusters and noise^2 pools, both the same for equal numbers.
 
     Args:
-      bits: (images, draws), finite.
+      bits: (images, draws), NaN where there is none.
       probes: standard error over probes of each, NaN where unknown.
 
     Returns:
       total; noise or None; parts [{"sources": [...], "error": ...}], whose squares add up to total^2 but for clipping.
     """
-    n, m = bits.shape
-    total = bits.mean(axis=1).var(ddof=1) / n
-    noise = bits.var(axis=1, ddof=1).mean() / (m * n) if m > 1 else None
-    probe = (probes**2).mean() / (m * n) if np.isfinite(probes).all() else None
+    there = np.isfinite(bits)
+    draws, size = there.sum(axis=1), there.sum()
+    images = (draws > 0).sum()
+    residual = np.where(there, bits - bits[there].mean(), 0)
+    total = images / (images - 1) * (residual.sum(axis=1) ** 2).sum() / size**2
+    within = np.where(there, residual - residual.sum(axis=1, keepdims=True) / np.maximum(draws, 1)[:, None], 0)
+    freedom = size - images
+    noise = (within**2).sum() / freedom / size if freedom else None
+    probe = (probes[there] ** 2).sum() / size**2 if np.isfinite(probes[there]).all() else None
     left, rest = [SAMPLING, DEQUANTISATION, PROBES], total
     parts = []
     if noise is not None:

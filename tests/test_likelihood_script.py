@@ -67,6 +67,23 @@ def test_the_whole_is_the_spread_of_the_mean():
     assert np.mean(noises) == pytest.approx(np.var(within), rel=0.08)
 
 
+def test_images_with_different_numbers_of_draws():
+    """Passes that each drop some images: over 3,000 evaluations the errors are still those of the mean."""
+    rng = np.random.RandomState(2)
+    squares, means = [], []
+    for _ in range(3000):
+        bits, probe_error = _synthetic(rng, 8, 3, 2)
+        for draw, dropped in enumerate(rng.randint(8, size=3)):
+            bits[dropped, draw] = np.nan
+        total, noise, parts = errors.decompose(bits, probe_error)
+        squares.append([total**2, noise**2, parts[-1]["error"] ** 2])
+        means.append(np.nanmean(bits))
+    total, noise, probes = np.mean(squares, axis=0)
+    assert total == pytest.approx(np.var(means), rel=0.1)
+    assert noise == pytest.approx((DEQUANTISED**2 + PROBE**2 / 2) / 21, rel=0.05)
+    assert probes == pytest.approx(PROBE**2 / 2 / 21, rel=0.05)
+
+
 def test_an_exact_divergence_has_no_probe_error_and_negative_parts_are_zero():
     bits = np.asarray([[1.0, 3.0], [3.0, 1.0], [2.0, 2.0]])  # images alike, draws not
     total, noise, parts = errors.decompose(bits, np.zeros((3, 2)))
