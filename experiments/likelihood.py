@@ -16,6 +16,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,18 +86,19 @@ def likelihood(
     ]
     rtol, atol, tried = c.rtol, c.atol, None
     if error is not None:
-        solve = lambda tolerance: errors.table(evaluation.records(few, tolerance, tolerance), "bits_per_dim")[:, 0]
+        solve = lambda t: errors.table(evaluation.records(few, _ode(config, t, t)), "bits_per_dim")[:, 0]
         rtol, tried = errors.choose_tolerance(solve, error)
         atol = rtol
 
-    records = evaluation.records([(i, d) for d in range(c.draws) for i in range(evaluation.images)], rtol, atol)
-    tighter = evaluation.records(few, rtol / 10, atol / 10) if few else []
+    method = _ode(config, rtol, atol)
+    records = evaluation.records([(i, d) for d in range(c.draws) for i in range(evaluation.images)], method)
+    tighter = evaluation.records(few, _ode(config, rtol / 10, atol / 10)) if few else []
     if records is None or tighter is None:
         if merge:
             raise ValueError(f"nothing to merge yet: {evaluation.missing} records of {evaluation.split} are missing")
         return None
     summary = {
-        "settings": evaluation.settings(rtol, atol) | {"images": evaluation.images, "draws": c.draws},
+        "settings": evaluation.settings(method) | {"images": evaluation.images, "draws": c.draws},
         **summarise(records),
         "tolerance": _solver_error(records, tighter, rtol),
         "tolerances_tried": tried,
@@ -112,7 +115,7 @@ def likelihood(
 
 
 def per_image(run: Run, split: str) -> np.ndarray:
-    """Return the bits/dim of each image of an evaluated split, averaged over draws, in the order of the split."""
+    """Return the bits/dim of each evaluated image of a split, averaged over draws, in the order of the split."""
     return errors.table(read_jsonl(run / f"likelihood_{_slug(split)}.jsonl"), "bits_per_dim").mean(axis=1)
 
 
@@ -181,6 +184,17 @@ def details(summary: dict) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
+class _Method(NamedTuple):
+    """A kind of number that an image and a draw have."""
+
+    name: str
+    settings: dict
+    """What it depends on besides what all kinds depend on."""
+    evaluator: Callable
+    """(config, model, image shape) -> jitted (params, statistics, batch, *numbers) -> records as arrays."""
+    numbers: tuple[float, ...] = ()
+
+
 class _Evaluation:
     """A model on a split: which records are wanted, which are there, and how to make the others."""
 
@@ -202,9 +216,13 @@ class _Evaluation:
         self._trained = model.load(config, run, source, step=step)
         self._parameters = _digest((self._trained.params, self._trained.statistics))
         self.images = min(config.likelihood.images or len(source), len(source))
-        self._evaluate = None
+        self._mesh = mesh = parallel.data_mesh(jax.local_devices())
+        share = -(-self.images * config.likelihood.draws // n)
+        self._batch_size = -(-min(config.likelihood.batch_size, share) // mesh.size) * mesh.size
+        self._placed = None
+        self._functions = {}
 
-    def settings(self, rtol: float, atol: float) -> dict:
+    def settings(self, method: _Method) -> dict:
         """Return what a record depends on besides image and draw."""
         c = self._config.likelihood
         return {
@@ -217,34 +235,34 @@ class _Evaluation:
             "seed": self._config.seed,
             "protocol": "jdiff",
             "t_min": c.t_min or build.process(self._config).t_min,
-            **{k: c[k] for k in ("dequantisation", "divergence", "probes", "variable", "matmul_precision")},
-            "rtol": rtol,
-            "atol": atol,
+            "dequantisation": c.dequantisation,
+            "matmul_precision": c.matmul_precision,
+            **method.settings,
         }
 
-    def records(self, pairs: list[Pair], rtol: float, atol: float) -> list[dict] | None:
+    def records(self, pairs: list[Pair], method: _Method) -> list[dict] | None:
         """Return the records of all pairs in order, those missing evaluated first; None where other shards owe some."""
-        files = Records(self._run, f"likelihood_{_slug(self.split)}", self.settings(rtol, atol), self._shard)
+        files = Records(self._run, f"likelihood_{_slug(self.split)}", self.settings(method), self._shard)
         there = files.read()
-        mine = files.share(pairs)
-        todo = [pair for pair in mine if pair not in there]
+        todo = [pair for pair in files.share(pairs) if pair not in there]
         if todo and not self._merge:
-            self._compute(todo, min(self._config.likelihood.batch_size, len(mine)), rtol, atol, files.writer())
+            self._compute(todo, method, files.writer())
             there = files.read()
         missing = sum(pair not in there for pair in pairs)
         self.missing += missing
         return None if missing else [there[pair] for pair in sorted(pairs)]
 
-    def _compute(self, pairs, batch_size, rtol, atol, write):
-        mesh = parallel.data_mesh(jax.local_devices())
-        if self._evaluate is None:
-            self._batch_size = -(-batch_size // mesh.size) * mesh.size
-            self._evaluate = _evaluator(self._config, self._trained.model, self._source.shape)
+    def _compute(self, pairs, method, write):
+        mesh = self._mesh
+        if self._placed is None:
             self._placed = parallel.replicate((self._trained.params, self._trained.statistics), mesh)
+        if method.name not in self._functions:  # one program for all batches and tolerances
+            self._functions[method.name] = method.evaluator(self._config, self._trained.model, self._source.shape)
+        evaluate, numbers = self._functions[method.name], [np.float32(number) for number in method.numbers]
         device = f"{mesh.size} {jax.local_devices()[0].device_kind}"
         total, count = 0.0, 0
         interval = 0.5 if sys.stderr.isatty() else 15
-        with tqdm(total=len(pairs), desc=f"bits/dim {self.split}", unit="image", mininterval=interval) as bar:
+        with tqdm(total=len(pairs), desc=f"{method.name} {self.split}", unit="image", mininterval=interval) as bar:
             for first in range(0, len(pairs), self._batch_size):
                 start = time.perf_counter()
                 rows = pairs[first : first + self._batch_size]
@@ -252,7 +270,7 @@ class _Evaluation:
                 index, draw = np.resize(np.asarray(rows, np.int32), (self._batch_size, 2)).T
                 batch = {"image": self._source.read(index)["image"], "index": index, "draw": draw}
                 batch = parallel.shard_batch({k: np.ascontiguousarray(v) for k, v in batch.items()}, mesh)
-                out = jax.device_get(self._evaluate(*self._placed, batch, np.float32(rtol), np.float32(atol)))
+                out = jax.device_get(evaluate(*self._placed, batch, *numbers))
                 seconds = (time.perf_counter() - start) / len(rows)
                 records = [
                     {"index": i, "draw": d, **{k: v[row].item() for k, v in out.items()}}
@@ -265,7 +283,13 @@ class _Evaluation:
                 bar.set_postfix_str(f"{total / count:.3f} bits/dim")
 
 
-def _evaluator(config, described, shape):
+def _ode(config, rtol, atol):
+    c = config.likelihood
+    settings = {k: c[k] for k in ("divergence", "probes", "variable")} | {"rtol": rtol, "atol": atol}
+    return _Method("bits/dim", settings, _ode_evaluator, (rtol, atol))
+
+
+def _ode_evaluator(config, described, shape):
     c = config.likelihood
     forward_process = build.process(config)
     root = config.seed

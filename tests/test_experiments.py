@@ -254,7 +254,7 @@ def test_likelihood_does_not_depend_on_the_batch_size(done, monkeypatch):
     assert min(abs(table[i, 0] - table[i, 1]) for i in range(12)) > 1e-6  # each draw has noise of its own
 
     with monkeypatch.context() as patch:  # the same settings again: what is there
-        patch.setattr(likelihood, "_evaluator", None)
+        patch.setattr(likelihood, "_ode_evaluator", None)
         assert likelihood.likelihood(config, done) == first
         assert likelihood.likelihood(_config(**{**_LIKELIHOOD, "likelihood__batch_size": 16}), done) == first
     (done / "likelihood_test.json").unlink()
