@@ -3,6 +3,11 @@
 import dataclasses
 import json
 import math
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -375,6 +380,40 @@ def test_a_folder_of_an_earlier_version_is_still_read(folder):
     run.match(_config())
     with pytest.raises(ValueError, match=r"training.ema_warmup: True there, False here"):
         run.match(_config(training__ema_warmup=False))
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work_and_one_of_them_merges(folder, data_dir):
+    run, expected = folder("processes"), folder("one")
+    sets = ["likelihood.images=12", "likelihood.rtol=1e-2", "likelihood.tolerance_images=4"]
+    command = [sys.executable, "-m", "experiments.likelihood", "--workdir", str(run.path)]
+    command += [f"--set={text}" for text in sets]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    shared = {**os.environ, "XLA_FLAGS": "", "TFDS_DATA_DIR": str(data_dir), "JAX_COORDINATOR_ADDRESS": address}
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**shared, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(n)},
+            cwd=pathlib.Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    said = [out for out, _ in outputs]
+    assert any("bits/dim on 12 images" in out for out in said)
+    assert all("bits/dim on 12 images" in out or "this part is done" in out for out in said)
+    likelihood.likelihood(_config(likelihood__rtol=1e-2, likelihood__tolerance_images=4), expected)
+    np.testing.assert_allclose(_bits(run), _bits(expected), rtol=2e-4)
 
 
 @pytest.mark.parametrize("text", ["", "1", "2/2", "a/2", "-1/2", "1/2/3", "/"])
