@@ -63,6 +63,7 @@ def defaults() -> ConfigDict:
     c.likelihood.images = 0  # 0: the whole split
     c.likelihood.tolerance_images = 128  # solved again at a tenth of the tolerance, for the solver's error; 0: none
     c.likelihood.dequantisation = "uniform"
+    c.likelihood.importance_samples = 1  # dequantisations in the bound of one draw, weighted by their densities
     c.likelihood.matmul_precision = "highest"  # of JAX: highest, high or default (what the hardware likes)
 
     c.sampling = ConfigDict()

@@ -314,7 +314,7 @@ def check(config: ConfigDict) -> None:
     for path in (
         "training.steps", "training.batch_size", "training.log_every", "training.validate_every",
         "training.checkpoint_every", "training.keep", "likelihood.batch_size", "likelihood.probes",
-        "likelihood.draws", "sampling.number", "sampling.batch_size", "sampling.steps",
+        "likelihood.draws", "likelihood.importance_samples", "sampling.number", "sampling.batch_size", "sampling.steps",
         "likelihood.rtol", "likelihood.atol", "optimiser.learning_rate",
     ):  # fmt: skip
         group, name = path.split(".")

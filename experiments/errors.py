@@ -77,6 +77,40 @@ def decompose(bits: np.ndarray, probes: np.ndarray) -> tuple[float, float | None
     )
 
 
+def importance_weighted(records: list[dict], samples: int, size: int) -> list[dict]:
+    """Return records of the bound of `samples` dequantisations each, from records of one dequantisation each.
+
+    log P(levels) >= E[log 1/K sum_k p(x_k) / q(x_k)] (Burda et al. 2016, arXiv 1509.00519), where -b_k D log 2 is
+    log p / q of a single one: draws K g to K g + K - 1 become draw g. Their probes must be common (noise that they
+    share leaves the weights alone); what is left of it makes the result optimistic, so that it is a bound for the exact
+    divergence only, else an estimate of one. `probe_error` is taken as fully shared.
+
+    Args:
+      records: with draws 0 to K m - 1 for every image.
+      samples: K.
+      size: D, entries of an image.
+    """
+    nats = size * math.log(2)
+    groups: dict[tuple[int, int], list[dict]] = {}
+    for r in records:
+        groups.setdefault((r["index"], r["draw"] // samples), []).append(r)
+    combined = []
+    for (index, draw), group in sorted(groups.items()):
+        failed = any(r["failed"] or not _finite(r["bits_per_dim"]) for r in group)
+        bits = error = None
+        if not failed:
+            log_weight = -nats * np.asarray([r["bits_per_dim"] for r in group])
+            largest = log_weight.max()
+            weight = np.exp(log_weight - largest)
+            bits = -(largest + math.log(weight.mean())) / nats
+            probes = [r["probe_error"] for r in group]
+            error = None if None in probes else float(weight @ np.asarray(probes) / weight.sum())
+        sums = {k: sum(r[k] for r in group) for k in ("evaluations", "seconds")}
+        found = {"bits_per_dim": bits, "probe_error": error, "failed": failed, "device": group[0]["device"]}
+        combined.append({"index": index, "draw": draw, **found, **sums})
+    return combined
+
+
 def difference(bits: np.ndarray, reference: np.ndarray) -> dict:
     """Return bias (with its standard error), mean and largest |bits - reference| over images; null if any is NaN."""
     d = bits - reference

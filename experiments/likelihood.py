@@ -39,7 +39,7 @@ __all__ = ["against", "details", "likelihood", "per_image", "report", "summarise
 _EXACT_LIMIT = 256
 # What two evaluations must share to be compared at all, and to have the same noise and probes.
 _SAME_IMAGES = ("data", "version", "split")
-_SAME_NOISE = ("seed", "dequantisation", "divergence", "probes")
+_SAME_NOISE = ("seed", "dequantisation", "importance_samples", "divergence", "probes")
 
 
 def likelihood(
@@ -91,19 +91,22 @@ def likelihood(
         atol = rtol
 
     method = _ode(config, rtol, atol)
-    records = evaluation.records([(i, d) for d in range(c.draws) for i in range(evaluation.images)], method)
+    singles = evaluation.records(evaluation.pairs(c.draws * c.importance_samples), method)
     tighter = evaluation.records(few, _ode(config, rtol / 10, atol / 10)) if few else []
-    if records is None or tighter is None:
+    if singles is None or tighter is None:
         if merge:
             raise ValueError(f"nothing to merge yet: {evaluation.missing} records of {evaluation.split} are missing")
         return None
+    records = singles
+    if c.importance_samples > 1:
+        records = errors.importance_weighted(singles, c.importance_samples, evaluation.size)
     summary = {
         "settings": evaluation.settings(method) | {"images": evaluation.images, "draws": c.draws},
         **summarise(records),
-        "tolerance": _solver_error(records, tighter, rtol),
+        "tolerance": _solver_error(singles, tighter, rtol),
         "tolerances_tried": tried,
         "error_aimed_at": error,
-        "probe_noise": _probe_noise(records, c.probes),
+        "probe_noise": _probe_noise(singles, c.probes),
         "device": ", ".join(sorted({r["device"] for r in records})),
         "seconds": round(sum(r["seconds"] for r in records), 1),
         "jdiff": jdiff.__version__,
@@ -172,8 +175,11 @@ def details(summary: dict) -> str:
     if summary["tolerances_tried"]:
         tried = ", ".join(f"{t['tolerance']:g} gave {_number(t['mean'])}" for t in summary["tolerances_tried"])
         lines.append(f"tolerance chosen for an error of {summary['error_aimed_at']:g}: {tried}")
+    weighted = f", weighted over {s['importance_samples']}" if s["importance_samples"] > 1 else ""
+    if weighted and s["divergence"] != "exact":
+        weighted += " (with random probes an estimate, no bound)"
     lines.append(
-        f"data {s['data']} {s['version']}, split {s['split']}; dequantisation {s['dequantisation']}; "
+        f"data {s['data']} {s['version']}, split {s['split']}; dequantisation {s['dequantisation']}{weighted}; "
         f"{s['divergence']} divergence, {_count(s['probes'], 'probe')}; {s['process']} to t_min = {s['t_min']:g}, "
         f"stepping in {s['variable']}"
     )
@@ -207,7 +213,7 @@ class _Evaluation:
         self._source = source = data.load(config.data.name, split)
         if source.version is None:
             raise ValueError(f"{config.data.name}/{split} is of unknown version: no number without it")
-        size = math.prod(source.shape)
+        self.size = size = math.prod(source.shape)
         if config.likelihood.divergence == "exact" and size > _EXACT_LIMIT:
             raise ValueError(
                 f'likelihood.divergence = "exact" takes D derivatives an evaluation and is for D <= {_EXACT_LIMIT}; '
@@ -217,10 +223,14 @@ class _Evaluation:
         self._parameters = _digest((self._trained.params, self._trained.statistics))
         self.images = min(config.likelihood.images or len(source), len(source))
         self._mesh = mesh = parallel.data_mesh(jax.local_devices())
-        share = -(-self.images * config.likelihood.draws // n)
+        share = -(-self.images * config.likelihood.draws * config.likelihood.importance_samples // n)
         self._batch_size = -(-min(config.likelihood.batch_size, share) // mesh.size) * mesh.size
         self._placed = None
         self._functions = {}
+
+    def pairs(self, draws: int) -> list[Pair]:
+        """Return all pairs of image and draw, the first draw of all images first."""
+        return [(i, d) for d in range(draws) for i in range(self.images)]
 
     def settings(self, method: _Method) -> dict:
         """Return what a record depends on besides image and draw."""
@@ -285,7 +295,10 @@ class _Evaluation:
 
 def _ode(config, rtol, atol):
     c = config.likelihood
-    settings = {k: c[k] for k in ("divergence", "probes", "variable")} | {"rtol": rtol, "atol": atol}
+    settings = {k: c[k] for k in ("importance_samples", "divergence", "probes", "variable")} | {
+        "rtol": rtol,
+        "atol": atol,
+    }
     return _Method("bits/dim", settings, _ode_evaluator, (rtol, atol))
 
 
@@ -296,9 +309,9 @@ def _ode_evaluator(config, described, shape):
 
     @jax.jit
     def evaluate(params, statistics, batch, rtol, atol):
-        key = jax.random.key(root)
-        keys = jax.vmap(lambda d, i: jax.random.fold_in(jax.random.fold_in(key, d), i))(batch["draw"], batch["index"])
-        noise, probe = (jax.vmap(lambda k, n=n: jax.random.fold_in(k, n))(keys) for n in range(2))
+        noise = _keys(root, batch["draw"], batch["index"], 0)
+        # Dequantisations that are weighted against each other have their probes in common.
+        probe = _keys(root, batch["draw"] // c.importance_samples, batch["index"], 1)
         x = described.transform.forward(described.transform.dequantise(noise, batch["image"]))
         field = build.field(config, described.module, params, statistics)
         with jax.default_matmul_precision(c.matmul_precision):
@@ -323,6 +336,13 @@ def _ode_evaluator(config, described, shape):
         }
 
     return evaluate
+
+
+def _keys(seed, draw, index, use):
+    """Return the keys of draws of images: folded from the seed, the draw, the image and what they are used for."""
+    key = jax.random.key(seed)
+    fold = lambda d, i: jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, d), i), use)
+    return jax.vmap(fold)(draw, index)
 
 
 def _solver_error(records, tighter, rtol):

@@ -145,6 +145,28 @@ def test_a_paired_difference_is_known_better_than_either_mean():
         errors.paired(rows(first), [{**row, "bits_per_dim": None} for row in rows(second)])
 
 
+def test_importance_weights_average_probabilities():
+    """Three dequantisations of one image of 2 entries: P = mean of p_k; many of them approach the log of the mean."""
+    row = {"index": 0, "failed": False, "evaluations": 10, "seconds": 1.0, "device": "x"}
+    p = np.asarray([0.5, 0.125, 0.25, 1.0])
+    records = [{**row, "draw": d, "bits_per_dim": -math.log2(p[d]) / 2, "probe_error": 0.1 * d} for d in range(4)]
+    first, second = errors.importance_weighted(records, 2, size=2)
+    assert (first["draw"], second["draw"]) == (0, 1) and first["evaluations"] == 20
+    assert first["bits_per_dim"] == pytest.approx(-math.log2((0.5 + 0.125) / 2) / 2)
+    assert second["bits_per_dim"] == pytest.approx(-math.log2((0.25 + 1.0) / 2) / 2)
+    assert first["probe_error"] == pytest.approx(0.1 * 0.125 / 0.625)
+    records[2] |= {"failed": True, "bits_per_dim": None}
+    bad = errors.importance_weighted(records, 2, size=2)[1]
+    assert bad["failed"] and bad["bits_per_dim"] is None
+    # log p ~ N(-30, 1): E[p] = exp(-29.5), and the bound of one is 30 nats.
+    nats = np.random.RandomState(0).normal(30, 1, 20_000)
+    many = [{**row, "draw": d, "bits_per_dim": b / math.log(2) / 7, "probe_error": None} for d, b in enumerate(nats)]
+    (bound,) = errors.importance_weighted(many, 20_000, size=7)
+    assert bound["bits_per_dim"] * 7 * math.log(2) == pytest.approx(29.5, abs=0.03)
+    few = [r["bits_per_dim"] for r in errors.importance_weighted(many, 10, size=7)]
+    assert 29.5 < np.mean(few) * 7 * math.log(2) < 29.65 and bound["probe_error"] is None
+
+
 # Records --------------------------------------------------------------------------------------------------------------
 
 
