@@ -25,7 +25,14 @@ PROCESSES = {
     "Cosine": jdiff.Cosine,
     "Rectified": jdiff.Rectified,
 }
-NETWORKS = {"mlp": nn.ResidualMLP, "transformer": nn.PatchTransformer, "ddpmpp": nn.ddpmpp}
+NETWORKS = {
+    "mlp": nn.ResidualMLP,
+    "transformer": nn.PatchTransformer,
+    "ddpm": nn.ddpm,
+    "ddpmpp": nn.ddpmpp,
+    "ncsnpp": nn.ncsnpp,
+}
+EMBEDDINGS = {"ddpm": "positional", "ncsnpp": "fourier"}  # where nothing else is asked for; others: smooth
 # options -> weighting
 WEIGHTS = {
     "unit": lambda: losses.unit,
@@ -125,22 +132,26 @@ def process(config: ConfigDict) -> jdiff.Process:
 
 
 def network(config: ConfigDict, channels: int, levels: int, classes: int | None):
-    """Return the Linen module; it sees the process's log-SNR as noise level, or 999 t for positional embeddings.
+    """Return the Linen module, which sees its times as `conditioning` says.
 
-    With network.precondition = "levels" it returns a logit per channel and cell.
+    With network.precondition = "levels" it returns a logit per channel and cell. Networks of the U-Net family see
+    images that are not centered as 2 x - 1, unless they are preconditioned.
 
     Raises:
       ValueError: unknown name or option, or labels asked for where the data have none.
     """
-    make = pick(NETWORKS, config.network.name, "network.name")
+    name = config.network.name
+    make = pick(NETWORKS, name, "network.name")
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.network.options.items()}
-    fields = inspect.signature(nn.UNet if make is nn.ddpmpp else make).parameters
-    given = ("noise_level", "num_classes", "out_channels", "parent", "name")
-    known = [n for n in fields if n not in given]
-    known += ["size"] if make is nn.ddpmpp else []
-    for name in options:
-        if name not in known:
-            raise ValueError(f"network {config.network.name} has no option {name!r}; it has {', '.join(known)}")
+    fields = list(inspect.signature(make).parameters)
+    published = "changes" in fields  # a U-Net, by its factory
+    if published:
+        fields += [*inspect.signature(nn.UNet).parameters, "scale_by_sigma"]
+    given = ("noise_level", "num_classes", "out_channels", "parent", "name", "changes", "sigma", "center_input")
+    known = [n for n in dict.fromkeys(fields) if n not in given]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"network {name} has no option {option!r}; it has {', '.join(known)}")
     if "dtype" in options:
         options["dtype"] = pick({"float32": jnp.float32, "bfloat16": jnp.bfloat16}, options["dtype"], "network dtype")
     if config.network.precondition == "levels":
@@ -149,15 +160,30 @@ def network(config: ConfigDict, channels: int, levels: int, classes: int | None)
         if classes is None:
             raise ValueError(f"network.conditional needs labels, and {config.data.name} has none")
         options["num_classes"] = classes
-    forward_process = process(config)
-    embedding = options.get("embedding", "smooth")
-    if embedding == "positional":
-        noise_level = lambda t: 999 * t
-    elif embedding == "fourier":
-        noise_level = lambda t: jnp.log(forward_process.marginal(t)[1])
-    else:
-        noise_level = lambda t: processes.log_snr(forward_process, t)
+    noise_level, sigma = conditioning(config, options.get("embedding", EMBEDDINGS.get(name, "smooth")))
+    if published:
+        options["center_input"] = not config.data.centered and config.network.precondition == "none"
+        options["sigma"] = sigma if options.pop("scale_by_sigma", False) else None
     return make(noise_level, **options)
+
+
+def conditioning(config: ConfigDict, embedding: str):
+    """Return (noise level, sigma), two functions of the time: what a network embeds, and what may divide its output.
+
+    "smooth" embeds log-SNR and "fourier" log sigma. "positional" embeds 999 t; where loss.name is "smld", the number
+    of the noise scale instead, counted from the largest of loss.scales, and sigma is that scale.
+    """
+    forward_process = process(config)
+    sigma = lambda t: forward_process.marginal(t)[1]
+    if embedding == "fourier":
+        return lambda t: jnp.log(sigma(t)), sigma
+    if embedding != "positional":
+        return lambda t: processes.log_snr(forward_process, t), sigma
+    if config.loss.get("name") != "smld":
+        return lambda t: 999 * t, sigma
+    last = config.loss.scales - 1
+    scale = lambda t: jnp.round(last * (forward_process.t_max - t) / forward_process.t_max)
+    return scale, lambda t: sigma((1 - scale(t) / last) * forward_process.t_max)
 
 
 def cells(config: ConfigDict, levels: int) -> int:

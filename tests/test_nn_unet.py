@@ -9,9 +9,9 @@ from jax.sharding import PartitionSpec as P
 from nn_reference import quick_jit
 
 from jdiff import nn
-from jdiff.nn.blocks import downsample, upsample
 from jdiff.nn.conditioning import smooth_features
 from jdiff.nn.normalisation import GroupNorm
+from jdiff.nn.resampling import downsample, upsample
 
 
 def log_snr(t):

@@ -1,5 +1,6 @@
-"""Parameters of the networks published with Song et al. 2021 (arXiv 2011.13456)."""
+"""Parameters of the networks published with Song et al. 2021 (arXiv 2011.13456): DDPM, DDPM++, NCSN++ and NCSNv2."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 import jax
@@ -8,27 +9,19 @@ import jax.numpy as jnp
 from jdiff._typing import PyTree
 from jdiff.nn import UNet
 
-_RESIDUAL = {
-    "GroupNorm_0": "norm_0",
-    "Conv_0": "conv_0",
-    "Dense_0": "embed",
-    "GroupNorm_1": "norm_1",
-    "Conv_1": "conv_1",
-    "Conv_2": "shortcut",
-}
-_ATTENTION = {"GroupNorm_0": "norm", "NIN_0": "query", "NIN_1": "key", "NIN_2": "value", "NIN_3": "out"}
-_LEAVES = {"kernel": "W", "bias": "b", "frequencies": "W"}
+_LEAVES = {"GaussianFourierProjection": {"frequencies": "W"}, "NIN": {"kernel": "W", "bias": "b"}}
+_LEAVES |= {"Conv2d": {"kernel": "weight"}}
 
 
 def rename(reference: PyTree, module: UNet, *, image_size: int = 32) -> PyTree:
-    """Give the leaves of a published DDPM++ network the names and shapes of `module`.
+    """Give the leaves of a published network the names and shapes of `module`.
 
     The published modules are numbered by kind in order of construction (`ResnetBlockBigGANpp_17`); ours are named after
     their place. Nothing is computed. Works inside `jax.eval_shape`.
 
     Args:
         reference: the `params` collection (or its EMA), nested or flat with "/" between the parts of a path.
-            Normalisations may be `(1, 1, 1, c)`, as flax 0.3.1 stored them, or `(c,)`.
+            Vectors may be `(1, 1, 1, c)`, as flax 0.3.1 stored those of normalisations, or `(c,)`.
         module: the network that will use the parameters; no labels, since the published ones have none.
         image_size: height of the images; it decides which levels have attention.
 
@@ -36,58 +29,115 @@ def rename(reference: PyTree, module: UNet, *, image_size: int = 32) -> PyTree:
         The bare parameters of `module`, float32.
 
     Raises:
-        ValueError: the network has labels; leaves are missing, left over or of another shape, each named.
+        ValueError: the network has labels; leaves are missing, left over or of another shape: each is named, with its
+            shape, on a line.
     """
-    if module.num_classes is not None:
-        raise ValueError(f"published networks have no class labels, got num_classes={module.num_classes}")
     flat = _flatten(reference)
     if "Conv_0/kernel" not in flat:
         raise ValueError(f"the leaf Conv_0/kernel is missing; leaves begin with {sorted(flat)[:3]}")
-    expected = _expected(module, image_size, flat["Conv_0/kernel"].shape[2])
-    theirs = {ours: name for name, ours in _paths(module, image_size)}
+    expected, theirs = _expected(module, image_size, flat["Conv_0/kernel"].shape[2]), _names(module, image_size)
 
-    renamed, missing = {}, []
+    renamed, faults = {}, []
     for path, like in expected.items():
-        parent, leaf = path.rsplit("/", 1)
-        candidates = [f"{theirs[parent]}/{old}" for old in (leaf, _LEAVES.get(leaf, leaf))]
-        name = next((c for c in candidates if c in flat), None)
-        if name is None:
-            missing.append(candidates[0])
+        name = theirs(path)
+        if name not in flat:
+            faults.append(f"missing {name} {like.shape}, which {path} needs")
             continue
         value = flat.pop(name)
-        if value.shape != like.shape and value.shape != (1, 1, 1, *like.shape):
-            raise ValueError(f"{name} has shape {value.shape}, but {path} needs {like.shape}: is it another network?")
+        if value.shape not in (like.shape, (1, 1, 1, *like.shape)):
+            faults.append(f"{name} has shape {value.shape}, but {path} needs {like.shape}")
+            continue
         renamed[path] = jnp.asarray(value, like.dtype).reshape(like.shape)
-    if missing or flat:
-        raise ValueError(f"not the same network: missing {sorted(missing)[:6]}, left over {sorted(flat)[:6]}")
+    faults += [f"left over {name} {flat[name].shape}" for name in sorted(flat)]
+    if faults:
+        raise ValueError("not the same network:\n" + "\n".join(faults))
     return _nest(renamed)
 
 
-def _paths(module: UNet, height: int) -> Iterator[tuple[str, str]]:
+def restore_names(params: PyTree, module: UNet, *, image_size: int = 32) -> dict[str, PyTree]:
+    """Undo `rename`: the flat published names, "/" between the parts of a path, and today's shapes.
+
+    Args:
+        params: the bare parameters of `module`.
+        module: the network.
+        image_size: height of the images.
+
+    Raises:
+        ValueError: the network has labels; a leaf is none of the network's, or one of the network's is missing.
+    """
+    flat, restored = _flatten(params), {}
+    expected, theirs = set(_expected(module, image_size, flat["stem/kernel"].shape[2])), _names(module, image_size)
+    if expected != set(flat):
+        raise ValueError(f"not the parameters of this network: {sorted(expected ^ set(flat))} are its, or these, alone")
+    for path, leaf in flat.items():
+        name = theirs(path)
+        restored[name] = leaf.reshape(1, 1, 1, -1) if "InstanceNorm" in name else leaf
+    return restored
+
+
+def _names(module, height):
+    """Return the function from a path of ours to the published one."""
+    if module.num_classes is not None:
+        raise ValueError(f"published networks have no class labels, got num_classes={module.num_classes}")
+    parents = {ours: name for name, ours in _modules(module, height)}
+
+    def theirs(path):
+        parent, leaf = path.rsplit("/", 1)
+        kind = parents[parent].rsplit("/", 1)[-1].rsplit("_", 1)[0]
+        return f"{parents[parent]}/{_LEAVES.get(kind, {}).get(leaf, leaf)}"
+
+    return theirs
+
+
+def _modules(module: UNet, height: int) -> Iterator[tuple[str, str]]:
     """Pairs (their module, our module), in their order of construction."""
-    blocks, attentions = 0, 0
-    last = len(module.multipliers) - 1
+    count = Counter()
+
+    def number(kind):
+        count[kind] += 1
+        return f"{kind}_{count[kind] - 1}"
+
+    # The groups tell DDPM's own network from a NCSN++ with blocks of its type.
+    suffix = "" if module.groups else "pp"
+    kind = "ResnetBlockBigGANpp" if module.resblock == "biggan" else f"ResnetBlockDDPM{suffix}"
+    shortcut = "Conv_2" if module.resblock == "biggan" else "NIN_0"
+    resampling = "Conv2d_0" if module.fir else "Conv_0"
 
     def residual(ours):
-        nonlocal blocks
-        yield from ((f"ResnetBlockBigGANpp_{blocks}/{a}", f"{ours}/{b}") for a, b in _RESIDUAL.items())
-        blocks += 1
+        name = number(kind)
+        pairs = {"GroupNorm_0": "norm_0", "Conv_0": "conv_0", "Dense_0": "embed", "GroupNorm_1": "norm_1"}
+        pairs |= {"Conv_1": "conv_1", shortcut: "shortcut"}
+        yield from ((f"{name}/{a}", f"{ours}/{b}") for a, b in pairs.items())
 
     def attention(ours):
-        nonlocal attentions
-        yield from ((f"AttnBlockpp_{attentions}/{a}", f"{ours}/{b}") for a, b in _ATTENTION.items())
-        attentions += 1
+        name = number(f"AttnBlock{suffix}")
+        pairs = {"GroupNorm_0": "norm", "NIN_0": "query", "NIN_1": "key", "NIN_2": "value", "NIN_3": "out"}
+        yield from ((f"{name}/{a}", f"{ours}/{b}") for a, b in pairs.items())
 
-    if module.embedding == "fourier":
-        yield "GaussianFourierProjection_0", "conditioning/fourier"
-    yield from (("Dense_0", "conditioning/dense_0"), ("Dense_1", "conditioning/dense_1"), ("Conv_0", "stem"))
+    def resample(which, ours):
+        # One without parameters has a number too.
+        yield f"{number(which)}/{resampling}", f"{ours}/conv"
+
+    def between(which, ours):
+        yield from residual(ours) if module.resblock == "biggan" else resample(which, ours)
+
+    def head(ours):
+        yield from ((number("GroupNorm"), f"{ours}_norm"), (number("Conv"), ours))
+
+    yield "GaussianFourierProjection_0", "conditioning/fourier"
+    yield from (("Dense_0", "conditioning/dense_0"), ("Dense_1", "conditioning/dense_1"), (number("Conv"), "stem"))
+    last = len(module.multipliers) - 1
     for level in range(last + 1):
         for i in range(module.blocks):
             yield from residual(f"down_{level}_block_{i}")
             if height >> level in module.attention:
                 yield from attention(f"down_{level}_attention_{i}")
         if level < last:
-            yield from residual(f"down_{level}_resample")
+            yield from between("Downsample", f"down_{level}_resample")
+            if module.progressive_input != "none":
+                yield from resample("Downsample", f"down_{level}_input")
+            if module.progressive_input == "input_skip":
+                yield f"{number('Combine')}/Conv_0", f"down_{level}_input"
     yield from residual("middle_block_0")
     yield from attention("middle_attention")
     yield from residual("middle_block_1")
@@ -96,12 +146,17 @@ def _paths(module: UNet, height: int) -> Iterator[tuple[str, str]]:
             yield from residual(f"up_{level}_block_{i}")
         if height >> level in module.attention:
             yield from attention(f"up_{level}_attention")
+        if module.progressive != "none" and level < last:
+            yield from resample("Upsample", f"up_{level}_output")
+        if module.progressive == "output_skip" or (module.progressive == "residual" and level == last):
+            yield from head(f"up_{level}_output")
         if level > 0:
-            yield from residual(f"up_{level}_resample")
-    yield from (("GroupNorm_0", "head_norm"), ("Conv_1", "head"))
+            yield from between("Upsample", f"up_{level}_resample")
+    if module.progressive != "output_skip":
+        yield from head("head")
 
 
-def _expected(module: UNet, height: int, channels: int) -> dict[str, jax.ShapeDtypeStruct]:
+def _expected(module, height, channels):
     def init():
         x, t = jnp.zeros((1, height, height, channels), jnp.float32), jnp.ones((1,), jnp.float32)
         return module.init(jax.random.key(0), x, t)["params"]

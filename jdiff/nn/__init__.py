@@ -4,6 +4,6 @@ from jdiff.nn.as_field import as_field
 from jdiff.nn.conditioning import Conditioning
 from jdiff.nn.mlp import ResidualMLP
 from jdiff.nn.transformer import PatchTransformer
-from jdiff.nn.unet import UNet, ddpmpp
+from jdiff.nn.unet import UNet, ddpm, ddpmpp, ncsnpp
 
-__all__ = ["Conditioning", "PatchTransformer", "ResidualMLP", "UNet", "as_field", "ddpmpp"]
+__all__ = ["Conditioning", "PatchTransformer", "ResidualMLP", "UNet", "as_field", "ddpm", "ddpmpp", "ncsnpp"]

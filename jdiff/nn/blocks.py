@@ -1,4 +1,4 @@
-"""Layers of the image networks, NHWC: convolution, residual block, self-attention, resampling by two."""
+"""Layers of the image networks, NHWC: convolution, residual block, self-attention."""
 
 from collections.abc import Callable
 
@@ -10,19 +10,22 @@ from jdiff._typing import Array
 from jdiff.nn.conditioning import initializer
 from jdiff.nn.normalisation import GroupNorm, at_least_float32
 
-_SQRT_HALF = 0.5**0.5
+ACTIVATIONS = {
+    "swish": nn.swish,
+    "elu": nn.elu,
+    "relu": nn.relu,
+    "lrelu": lambda x: nn.leaky_relu(x, negative_slope=0.2),
+}
+"""Activations by the names of the 2021 configurations."""
 
 
-def upsample(x: Array) -> Array:
-    """Nearest neighbour: `(batch, h, w, c) -> (batch, 2h, 2w, c)`."""
-    b, h, w, c = x.shape
-    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-
-
-def downsample(x: Array) -> Array:
-    """Mean over 2x2 squares: `(batch, 2h, 2w, c) -> (batch, h, w, c)`."""
-    b, h, w, c = x.shape
-    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
+def check_image(shape: tuple[int, ...], multiple: int, remedy: str) -> None:
+    """Raise a ValueError unless `shape` is `(batch, height, width, channels)` of sizes that `multiple` divides."""
+    if len(shape) != 4:
+        raise ValueError(f"x must have shape (batch, height, width, channels), got {shape}")
+    if shape[1] % multiple or shape[2] % multiple:
+        size = f"height and width must be multiples of {multiple}, got {shape[1]}x{shape[2]}"
+        raise ValueError(f"{size}: pad the images or {remedy}")
 
 
 def conv(channels: int, *, size: int = 3, scale: float = 1.0, dtype=None, name: str | None = None) -> nn.Conv:
@@ -30,20 +33,28 @@ def conv(channels: int, *, size: int = 3, scale: float = 1.0, dtype=None, name: 
     return nn.Conv(channels, (size, size), kernel_init=initializer(scale), dtype=dtype, name=name)
 
 
-class ResidualBlock(nn.Module):
-    """Residual block of BigGAN type, resampling inside.
+def merge(x: Array, h: Array, rescale: bool) -> Array:
+    """Return the sum of two branches, divided by sqrt(2) if `rescale`."""
+    return (x + h) * 0.5**0.5 if rescale else x + h
 
-        h = conv(resample(swish(norm(x)))) + dense(emb);   h = conv(dropout(swish(norm(h))))
+
+class ResidualBlock(nn.Module):
+    """Residual block, of BigGAN type (resampling inside) or of DDPM type (a plain one).
+
+        h = conv(resample(act(norm(x)))) + dense(emb);   h = conv(dropout(act(norm(h))))
         out = (shortcut(resample(x)) + h) / sqrt(2)
 
     where the shortcut is a 1x1 convolution if the block changes channels or resolution, else the identity. Brock et al.
-    2019 (arXiv 1809.11096), Song et al. 2021 (arXiv 2011.13456, appendix H).
+    2019 (arXiv 1809.11096), Song et al. 2021 (arXiv 2011.13456, appendix H), Ho et al. 2020 (arXiv 2006.11239).
 
     Attributes:
         channels: of the output.
         resample: applied to both branches, such as `upsample`, `downsample`; None keeps the resolution.
         dropout: rate, in training only.
         rescale: divide the sum by sqrt(2).
+        activation: a key of `ACTIVATIONS`.
+        groups: of the normalisations (see `GroupNorm`).
+        dense: the shortcut is a dense layer over channels with small initial weights, as in DDPM: the same function.
         dtype: of the computation.
     """
 
@@ -51,24 +62,31 @@ class ResidualBlock(nn.Module):
     resample: Callable[[Array], Array] | None = None
     dropout: float = 0.0
     rescale: bool = True
+    activation: str = "swish"
+    groups: int | None = None
+    dense: bool = False
     dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, x: Array, emb: Array, *, train: bool = False) -> Array:
-        """Map x `(batch, h, w, c)` and an activated embedding `(batch, width)` to `(batch, h', w', channels)`."""
+    def __call__(self, x: Array, emb: Array | None, *, train: bool = False) -> Array:
+        """Map x `(batch, h, w, c)` and emb, an activated `(batch, width)` or None, to `(batch, h', w', channels)`."""
         shortcut = self.resample is not None or x.shape[-1] != self.channels
-        h = nn.swish(GroupNorm(dtype=self.dtype, name="norm_0")(x))
+        act = ACTIVATIONS[self.activation]
+        h = act(GroupNorm(self.groups, dtype=self.dtype, name="norm_0")(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = conv(self.channels, dtype=self.dtype, name="conv_0")(h)
-        shift = nn.Dense(self.channels, kernel_init=initializer(), dtype=self.dtype, name="embed")(emb)
-        h = h + shift[:, None, None, :]
-        h = nn.swish(GroupNorm(dtype=self.dtype, name="norm_1")(h))
+        if emb is not None:
+            shift = nn.Dense(self.channels, kernel_init=initializer(), dtype=self.dtype, name="embed")(emb)
+            h = h + shift[:, None, None, :]
+        h = act(GroupNorm(self.groups, dtype=self.dtype, name="norm_1")(h))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = conv(self.channels, scale=0.0, dtype=self.dtype, name="conv_1")(h)
-        if shortcut:
+        if shortcut and self.dense:
+            x = nn.Dense(self.channels, kernel_init=initializer(0.1), dtype=self.dtype, name="shortcut")(x)
+        elif shortcut:
             x = conv(self.channels, size=1, dtype=self.dtype, name="shortcut")(x)
-        return (x + h) * _SQRT_HALF if self.rescale else x + h
+        return merge(x, h, self.rescale)
 
 
 class Attention(nn.Module):
@@ -79,10 +97,12 @@ class Attention(nn.Module):
 
     Attributes:
         rescale: divide the sum by sqrt(2).
+        groups: of the normalisation (see `GroupNorm`).
         dtype: of the computation; the softmax is in at least float32.
     """
 
     rescale: bool = True
+    groups: int | None = None
     dtype: jnp.dtype | None = None
 
     @nn.compact
@@ -93,9 +113,9 @@ class Attention(nn.Module):
         def project(name, scale):
             return nn.Dense(c, kernel_init=initializer(scale), dtype=self.dtype, name=name)
 
-        h = GroupNorm(dtype=self.dtype, name="norm")(x).reshape(b, height * width, c)
+        h = GroupNorm(self.groups, dtype=self.dtype, name="norm")(x).reshape(b, height * width, c)
         query, key, value = (project(name, 0.1)(h) for name in ("query", "key", "value"))
         logits = at_least_float32(jnp.einsum("bic,bjc->bij", query * c**-0.5, key))
         weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
         h = project("out", 0.0)(jnp.einsum("bij,bjc->bic", weights, value)).reshape(x.shape)
-        return (x + h) * _SQRT_HALF if self.rescale else x + h
+        return merge(x, h, self.rescale)

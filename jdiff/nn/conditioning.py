@@ -89,6 +89,7 @@ class Conditioning(nn.Module):
         frequencies: angular frequencies of "smooth".
         fourier_scale: standard deviation of the frequencies of "fourier".
         num_classes: labels are `0 ... num_classes - 1`, and `num_classes` is the null label. None: no labels.
+        activation: between the two layers.
         dtype: of the computation; None is x's. Features are always computed in at least float32.
     """
 
@@ -99,6 +100,7 @@ class Conditioning(nn.Module):
     frequencies: tuple[float, ...] = SMOOTH_FREQUENCIES
     fourier_scale: float = 16.0
     num_classes: int | None = None
+    activation: Callable[[Array], Array] = nn.swish
     dtype: jnp.dtype | None = None
 
     @nn.compact
@@ -111,7 +113,7 @@ class Conditioning(nn.Module):
         """
         if self.embedding not in _EMBEDDINGS:
             raise ValueError(f"embedding must be one of {', '.join(_EMBEDDINGS)}, got {self.embedding!r}")
-        _check_inputs(x, t, cond, self.num_classes)
+        check_inputs(x, t, cond, self.num_classes)
         dtype = self.dtype or x.dtype
         # 999 t in bfloat16 has steps of 4: the features are never computed below float32.
         level = self.noise_level(at_least_float32(t))
@@ -124,7 +126,7 @@ class Conditioning(nn.Module):
         else:
             features = smooth_features(level, self.frequencies)
         hidden = nn.Dense(self.width, kernel_init=initializer(), dtype=dtype, name="dense_0")(features)
-        vector = nn.Dense(self.width, kernel_init=initializer(), dtype=dtype, name="dense_1")(nn.swish(hidden))
+        vector = nn.Dense(self.width, kernel_init=initializer(), dtype=dtype, name="dense_1")(self.activation(hidden))
         if self.num_classes is None:
             return vector
         label = jnp.full(t.shape, self.num_classes) if cond is None else jnp.asarray(cond)
@@ -145,7 +147,8 @@ def _sin_cos(value: Array, frequencies) -> Array:
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
-def _check_inputs(x: Array, t: Array, cond: Array | None, num_classes: int | None) -> None:
+def check_inputs(x: Array, t: Array, cond: Array | None, num_classes: int | None) -> None:
+    """Raise a TypeError or a ValueError that names what a network cannot take; labels are checked where given."""
     if not (jnp.issubdtype(x.dtype, jnp.floating) and jnp.issubdtype(t.dtype, jnp.floating)):
         raise TypeError(f"x and t must be floating, got {x.dtype} and {t.dtype}")
     if t.shape != x.shape[:1]:

@@ -14,7 +14,7 @@ class GroupNorm(nn.Module):
     refuses bfloat16 and float64 where JAX's dtype promotion is strict.)
 
     Attributes:
-        groups: number of groups, a divisor of the channels. None: min(channels // 4, 32), or the next below that does.
+        groups: number of groups, or the next below that divides the channels. None: min(channels // 4, 32), likewise.
         affine: have `scale` and `bias`, `(channels,)`.
         dtype: of the result; None is x's.
     """
@@ -27,7 +27,8 @@ class GroupNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Map `(batch, ..., channels)` to the same shape."""
         channels = x.shape[-1]
-        groups = self.groups or next(g for g in range(max(min(channels // 4, 32), 1), 0, -1) if channels % g == 0)
+        most = self.groups or max(min(channels // 4, 32), 1)
+        groups = next(g for g in range(min(most, channels), 0, -1) if channels % g == 0)
         wide = at_least_float32(x)
         grouped = wide.reshape(x.shape[0], -1, groups, channels // groups)
         centred = grouped - grouped.mean(axis=(1, 3), keepdims=True)
