@@ -7,6 +7,7 @@ def defaults() -> ConfigDict:
     """Return the complete configuration; `options` hold keyword arguments of the object named beside them."""
     c = ConfigDict()
     c.seed = 0
+    c.protocol = "jdiff"  # song2021: evaluate and sample as Song et al. 2021 did, with their approximations
 
     c.data = ConfigDict()
     c.data.name = ""  # as TFDS spells it
@@ -28,6 +29,9 @@ def defaults() -> ConfigDict:
     c.network.cells = 0  # of precondition "levels": neighbouring levels merged into so many cells; 0: none merged
 
     c.loss = ConfigDict()
+    c.loss.name = "denoising"  # at continuous times; ddpm, smld: at the discrete ones of Song et al. 2021
+    c.loss.scales = 1000  # of ddpm and smld: the number of times
+    c.loss.reduce_mean = True  # mean over the image; False: half the sum, as published for VE
     c.loss.weight = ConfigDict({"name": "unit", "options": ConfigDict()})
     c.loss.times = ConfigDict({"name": "stratified", "options": ConfigDict()})
     c.loss.label_dropout = 0.1  # share of labels replaced by the null label
@@ -80,4 +84,7 @@ def defaults() -> ConfigDict:
     c.sampling.eta = 1.0  # stochasticity of ddim and of the reverse SDE
     c.sampling.snr = 0.16  # of the Langevin corrector
     c.sampling.corrector_steps = 1
+    # Of protocol "song2021": euler_maruyama, reverse_diffusion, ancestral_sampling; none, langevin, ald.
+    c.sampling.predictor = "euler_maruyama"
+    c.sampling.corrector = "none"
     return c

@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 import jdiff
 from configs.common import defaults
 
-# Groups that may change between the runs of one folder: they say how to look at a model, not which model it is.
-_EVALUATION = ("likelihood", "sampling")
+# What may change between the runs of one folder: they say how to look at a model, not which model it is.
+_EVALUATION = ("likelihood", "sampling", "protocol")
 _SCHEDULE = ("log_every", "validate_every", "checkpoint_every", "keep", "mapping")
 
 

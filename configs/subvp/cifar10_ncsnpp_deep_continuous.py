@@ -1,0 +1,18 @@
+"""NCSN++ deep on CIFAR-10, sub-VP, continuous times: a row of Song et al. 2021 (arXiv 2011.13456).
+
+    python -m experiments.reproduce --row subvp/cifar10_ncsnpp_deep_continuous --path CHECKPOINT
+    python -m experiments.train --config configs/subvp/cifar10_ncsnpp_deep_continuous.py --workdir RUN
+
+Published: no number in Tables 2 and 3 for this row.
+Training: 950,001 steps of 128 images; derived: 121.6 million images, 2,432 epochs.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import song2021
+
+
+def get_config(mode: str = "full") -> ConfigDict:
+    """Return the configuration; "smoke" is the same on a small network and the digits, for seconds."""
+    c = song2021.deep(song2021.ncsnpp(song2021.subvp()))
+    return song2021.smoke(c) if mode == "smoke" else c

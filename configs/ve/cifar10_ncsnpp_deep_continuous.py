@@ -1,0 +1,18 @@
+"""NCSN++ deep on CIFAR-10, VE, continuous times: a row of Song et al. 2021 (arXiv 2011.13456).
+
+    python -m experiments.reproduce --row ve/cifar10_ncsnpp_deep_continuous --path CHECKPOINT
+    python -m experiments.train --config configs/ve/cifar10_ncsnpp_deep_continuous.py --workdir RUN
+
+Published (Tables 2 and 3): FID 2.20 (PC).
+Training: 950,001 steps of 128 images; derived: 121.6 million images, 2,432 epochs.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import song2021
+
+
+def get_config(mode: str = "full") -> ConfigDict:
+    """Return the configuration; "smoke" is the same on a small network and the digits, for seconds."""
+    c = song2021.deep(song2021.ncsnpp(song2021.ve()))
+    return song2021.smoke(c) if mode == "smoke" else c

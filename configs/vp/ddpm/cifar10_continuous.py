@@ -1,0 +1,18 @@
+"""DDPM on CIFAR-10, VP, continuous times: a row of Song et al. 2021 (arXiv 2011.13456).
+
+    python -m experiments.reproduce --row vp/ddpm/cifar10_continuous --path CHECKPOINT
+    python -m experiments.train --config configs/vp/ddpm/cifar10_continuous.py --workdir RUN
+
+Published (Tables 2 and 3): 3.21 bits/dim; FID 3.69 (ODE).
+Training: 1,300,001 steps of 128 images; derived: 166.4 million images, 3,328 epochs.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import song2021
+
+
+def get_config(mode: str = "full") -> ConfigDict:
+    """Return the configuration; "smoke" is the same on a small network and the digits, for seconds."""
+    c = song2021.ddpm(song2021.vp())
+    return song2021.smoke(c) if mode == "smoke" else c
