@@ -6,6 +6,8 @@ A forward process is two functions of time, a network is any callable, a solver 
 
 from jdiff import (
     analytic,
+    bounds,
+    dequantisation,
     guidance,
     levels,
     likelihood,
@@ -40,7 +42,9 @@ __all__ = [
     "Rectified",
     "SubVP",
     "analytic",
+    "bounds",
     "convert",
+    "dequantisation",
     "forward",
     "guidance",
     "levels",

@@ -95,6 +95,21 @@ class DataTransform:
         dtype = jnp.uint8 if self.levels <= 2**8 else jnp.uint16 if self.levels <= 2**16 else jnp.int32
         return jnp.clip(jnp.floor(unit * self.levels), 0, self.levels - 1).astype(dtype)
 
+    @property
+    def width(self) -> float:
+        """The width of a level's cell in the model space: 2/L if centered, else 1/L."""
+        return (2.0 if self.centered else 1.0) / self.levels
+
+    def center(self, x: Array, *, dtype=jnp.float32) -> Array:
+        """The middle of each level's cell in the model space, forward((x + 1/2) / L).
+
+        Raises:
+          TypeError: x is not an integer array.
+          ValueError: no batch axis, or levels below 2.
+        """
+        self._check(x)
+        return self.forward(self._dequantised(x, jnp.asarray(0.5, dtype)))
+
     def log_det(self, event_shape: Sequence[int]) -> float:
         """Nats per image of the map y -> forward(y / L) from level units, where a level is a cell of volume one.
 

@@ -22,6 +22,8 @@ ROOMS = {
         BELOW | {"processes", "predictions", "sde", "solvers", "guidance", "losses"},
     ),
     "levels": BELOW | {"processes", "predictions"},
+    "bounds": BELOW | {"processes", "predictions", "sde", "losses", "transforms"},
+    "dequantisation": BELOW | {"processes", "transforms"},
     # Beside the staircase: they stand on the processes, and nothing of the library stands on them.
     **dict.fromkeys(["analytic", "times", "transforms"], BELOW | {"processes"}),
     # These know no diffusion at all; the mappings run the one training step.
