@@ -31,8 +31,10 @@ NETWORKS = {
     "ddpm": nn.ddpm,
     "ddpmpp": nn.ddpmpp,
     "ncsnpp": nn.ncsnpp,
+    "ncsnv2": nn.ncsnv2,
 }
-EMBEDDINGS = {"ddpm": "positional", "ncsnpp": "fourier"}  # where nothing else is asked for; others: smooth
+# What they embed where nothing else is asked for; the others: smooth.
+EMBEDDINGS = {"ddpm": "positional", "ncsnpp": "fourier", "ncsnv2": "positional"}
 # options -> weighting
 WEIGHTS = {
     "unit": lambda: losses.unit,
@@ -134,8 +136,8 @@ def process(config: ConfigDict) -> jdiff.Process:
 def network(config: ConfigDict, channels: int, levels: int, classes: int | None):
     """Return the Linen module, which sees its times as `conditioning` says.
 
-    With network.precondition = "levels" it returns a logit per channel and cell. Networks of the U-Net family see
-    images that are not centered as 2 x - 1, unless they are preconditioned.
+    With network.precondition = "levels" it returns a logit per channel and cell. U-Nets and NCSNv2 see images that are
+    not centered as 2 x - 1, unless they are preconditioned, and can divide their output by the noise's scale.
 
     Raises:
       ValueError: unknown name or option, or labels asked for where the data have none.
@@ -144,9 +146,9 @@ def network(config: ConfigDict, channels: int, levels: int, classes: int | None)
     make = pick(NETWORKS, name, "network.name")
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.network.options.items()}
     fields = list(inspect.signature(make).parameters)
-    published = "changes" in fields  # a U-Net, by its factory
+    published = "changes" in fields  # made by a factory, of a class with more fields
     if published:
-        fields += [*inspect.signature(nn.UNet).parameters, "scale_by_sigma"]
+        fields += [*inspect.signature(nn.NCSNv2 if make is nn.ncsnv2 else nn.UNet).parameters, "scale_by_sigma"]
     given = ("noise_level", "num_classes", "out_channels", "parent", "name", "changes", "sigma", "center_input")
     known = [n for n in dict.fromkeys(fields) if n not in given]
     for option in options:
@@ -159,11 +161,14 @@ def network(config: ConfigDict, channels: int, levels: int, classes: int | None)
     if config.network.conditional:
         if classes is None:
             raise ValueError(f"network.conditional needs labels, and {config.data.name} has none")
+        if make is nn.ncsnv2:
+            raise ValueError("network.conditional needs a network that sees labels, and ncsnv2 sees none")
         options["num_classes"] = classes
     noise_level, sigma = conditioning(config, options.get("embedding", EMBEDDINGS.get(name, "smooth")))
     if published:
         options["center_input"] = not config.data.centered and config.network.precondition == "none"
-        options["sigma"] = sigma if options.pop("scale_by_sigma", False) else None
+        scaled = sigma if options.pop("scale_by_sigma", make is nn.ncsnv2) else None
+        return make(scaled, **options) if make is nn.ncsnv2 else make(noise_level, sigma=scaled, **options)
     return make(noise_level, **options)
 
 
@@ -340,7 +345,8 @@ def check(config: ConfigDict) -> None:
     for path in (
         "training.steps", "training.batch_size", "training.log_every", "training.validate_every",
         "training.checkpoint_every", "training.keep", "likelihood.batch_size", "likelihood.probes",
-        "likelihood.draws", "likelihood.importance_samples", "sampling.number", "sampling.batch_size", "sampling.steps",
+        "likelihood.draws", "likelihood.importance_samples", "likelihood.bound_draws",
+        "sampling.number", "sampling.batch_size", "sampling.steps",
         "likelihood.rtol", "likelihood.atol", "optimiser.learning_rate",
     ):  # fmt: skip
         group, name = path.split(".")
@@ -369,7 +375,7 @@ def check(config: ConfigDict) -> None:
     pick(("jit", "shard_map", "pmap"), config.training.mapping, "training.mapping")
     pick(("rademacher", "gaussian", "exact"), config.likelihood.divergence, "likelihood.divergence")
     pick(("t", "log_snr"), config.likelihood.variable, "likelihood.variable")
-    pick(("uniform",), config.likelihood.dequantisation, "likelihood.dequantisation")
+    pick(("uniform", "truncated_normal"), config.likelihood.dequantisation, "likelihood.dequantisation")
     pick(("highest", "high", "default"), config.likelihood.matmul_precision, "likelihood.matmul_precision")
     solver(config, lambda x, t: x)
     optimiser(config)

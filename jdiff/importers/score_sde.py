@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from jdiff._typing import PyTree
-from jdiff.nn import UNet
+from jdiff.nn import NCSNv2, UNet
 
 _LEAVES = {"GaussianFourierProjection": {"frequencies": "W"}, "NIN": {"kernel": "W", "bias": "b"}}
 _LEAVES |= {"Conv2d": {"kernel": "weight"}}
 
 
-def rename(reference: PyTree, module: UNet, *, image_size: int = 32) -> PyTree:
+def rename(reference: PyTree, module: UNet | NCSNv2, *, image_size: int = 32) -> PyTree:
     """Give the leaves of a published network the names and shapes of `module`.
 
     The published modules are numbered by kind in order of construction (`ResnetBlockBigGANpp_17`); ours are named after
@@ -54,7 +54,7 @@ def rename(reference: PyTree, module: UNet, *, image_size: int = 32) -> PyTree:
     return _nest(renamed)
 
 
-def restore_names(params: PyTree, module: UNet, *, image_size: int = 32) -> dict[str, PyTree]:
+def restore_names(params: PyTree, module: UNet | NCSNv2, *, image_size: int = 32) -> dict[str, PyTree]:
     """Undo `rename`: the flat published names, "/" between the parts of a path, and today's shapes.
 
     Args:
@@ -77,9 +77,10 @@ def restore_names(params: PyTree, module: UNet, *, image_size: int = 32) -> dict
 
 def _names(module, height):
     """Return the function from a path of ours to the published one."""
-    if module.num_classes is not None:
+    if getattr(module, "num_classes", None) is not None:
         raise ValueError(f"published networks have no class labels, got num_classes={module.num_classes}")
-    parents = {ours: name for name, ours in _modules(module, height)}
+    pairs = _ncsnv2(module) if isinstance(module, NCSNv2) else _unet(module, height)
+    parents = {ours: name for name, ours in pairs}
 
     def theirs(path):
         parent, leaf = path.rsplit("/", 1)
@@ -89,7 +90,7 @@ def _names(module, height):
     return theirs
 
 
-def _modules(module: UNet, height: int) -> Iterator[tuple[str, str]]:
+def _unet(module: UNet, height: int) -> Iterator[tuple[str, str]]:
     """Pairs (their module, our module), in their order of construction."""
     count = Counter()
 
@@ -154,6 +155,26 @@ def _modules(module: UNet, height: int) -> Iterator[tuple[str, str]]:
             yield from between("Upsample", f"up_{level}_resample")
     if module.progressive != "output_skip":
         yield from head("head")
+
+
+def _ncsnv2(module: NCSNv2) -> Iterator[tuple[str, str]]:
+    """Pairs (their module, our module)."""
+    yield from (("Conv_0", "stem"), ("InstanceNorm2dPlus_0", "head_norm"), ("Conv_1", "head"))
+    for i, (_, dilation) in enumerate(((1, 1), *module.stages)):
+        for j in range(2):
+            theirs, ours = f"ResidualBlock_{2 * i + j}", f"stage_{i}_block_{j}"
+            pooled = i > 0 and j == 0 and dilation == 1
+            pairs = {"InstanceNorm2dPlus_0": "norm_0", "Conv_0": "conv_0", "InstanceNorm2dPlus_1": "norm_1"}
+            pairs |= {"ConvMeanPool_0/Conv_0": "conv_1", "ConvMeanPool_1/Conv_0": "shortcut"} if pooled else {}
+            pairs |= {} if pooled else {"Conv_1": "conv_1", "Conv_2": "shortcut"}
+            yield from ((f"{theirs}/{a}", f"{ours}/{b}") for a, b in pairs.items())
+    for i in range(len(module.refinements)):
+        inputs = min(i, 1) + 1
+        units = [f"adapt_{j}" for j in range(inputs)] + ["out"]
+        pairs = {f"RCUBlock_{j}/Conv_{k}": f"{name}_{k}" for j, name in enumerate(units) for k in range(6)}
+        pairs |= {f"MSFBlock_0/Conv_{j}": f"fuse_{j}" for j in range(inputs)}
+        pairs |= {f"CRPBlock_0/Conv_{k}": f"pool_{k}" for k in range(2)}
+        yield from ((f"RefineBlock_{i}/{a}", f"refine_{i}/{b}") for a, b in pairs.items())
 
 
 def _expected(module, height, channels):

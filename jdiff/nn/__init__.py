@@ -3,7 +3,19 @@
 from jdiff.nn.as_field import as_field
 from jdiff.nn.conditioning import Conditioning
 from jdiff.nn.mlp import ResidualMLP
+from jdiff.nn.ncsnv2 import NCSNv2, ncsnv2
 from jdiff.nn.transformer import PatchTransformer
 from jdiff.nn.unet import UNet, ddpm, ddpmpp, ncsnpp
 
-__all__ = ["Conditioning", "PatchTransformer", "ResidualMLP", "UNet", "as_field", "ddpm", "ddpmpp", "ncsnpp"]
+__all__ = [
+    "Conditioning",
+    "NCSNv2",
+    "PatchTransformer",
+    "ResidualMLP",
+    "UNet",
+    "as_field",
+    "ddpm",
+    "ddpmpp",
+    "ncsnpp",
+    "ncsnv2",
+]

@@ -1,4 +1,4 @@
-"""Group normalisation, with layer normalisation as its case of one group."""
+"""Group normalisation, with layer normalisation as its case of one group, and instance normalisation++."""
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,36 @@ class GroupNorm(nn.Module):
             out = out * scale.astype(out.dtype).reshape(*ones, channels)
             out = out + bias.astype(out.dtype).reshape(*ones, channels)
         return out.astype(self.dtype or x.dtype)
+
+
+class InstanceNormPlus(nn.Module):
+    """`gamma ((x - mean) / sqrt(var + 1e-5) + alpha m) + beta`, moments over pixels, per channel.
+
+    `m` are the means themselves, normalised over channels, so that they are not lost. InstanceNorm++ of Song & Ermon
+    2019 (arXiv 1907.05600, appendix A). Statistics are in at least float32.
+
+    Attributes:
+        dtype: of the result; None is x's.
+    """
+
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Map `(batch, h, w, channels)` to the same shape."""
+        near_one = lambda *args: 1 + nn.initializers.normal(0.02)(*args)
+        inits = {"alpha": near_one, "gamma": near_one, "beta": nn.initializers.zeros}
+        wide = at_least_float32(x)
+        param = {name: self.param(name, init, x.shape[-1:], jnp.float32) for name, init in inits.items()}
+        alpha, gamma, beta = (param[name].astype(wide.dtype)[None, None, None] for name in ("alpha", "gamma", "beta"))
+        mean = wide.mean(axis=(1, 2), keepdims=True)
+        out = _standardise(wide, (1, 2)) + alpha * _standardise(mean, (3,))
+        return (gamma * out + beta).astype(self.dtype or x.dtype)
+
+
+def _standardise(x, axes):
+    centred = x - x.mean(axis=axes, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=axes, keepdims=True) + 1e-5)
 
 
 def at_least_float32(x: Array) -> Array:

@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from jdiff._typing import Array
 from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning, initializer
+from jdiff.nn.input_features import input_features
 from jdiff.nn.normalisation import GroupNorm, at_least_float32
 
 
@@ -33,6 +34,7 @@ class PatchTransformer(nn.Module):
         embedding: "smooth", "positional" or "fourier".
         frequencies: angular frequencies of "smooth".
         fourier_scale: standard deviation of the frequencies of "fourier".
+        input_frequencies: exponents n of the features `sin(2^n pi x), cos(2^n pi x)` beside x (see `input_features`).
         num_classes: labels are `0 ... num_classes - 1`, and `num_classes` is the null label. None: no labels.
         out_channels: channels of the output; None is x's.
         dtype: of the computation, such as bfloat16; None is x's. Parameters are float32, the last layer is in x's.
@@ -48,6 +50,7 @@ class PatchTransformer(nn.Module):
     embedding: str = "smooth"
     frequencies: tuple[float, ...] = SMOOTH_FREQUENCIES
     fourier_scale: float = 16.0
+    input_frequencies: tuple[int, ...] = ()
     num_classes: int | None = None
     out_channels: int | None = None
     dtype: jnp.dtype | None = None
@@ -102,8 +105,8 @@ class PatchTransformer(nn.Module):
             scale, shift = jnp.split(dense(2 * self.width, name, scale=0.0)(emb)[:, None], 2, axis=-1)
             return norm * (1 + scale) + shift
 
-        patches = x.reshape(batch, rows, p, columns, p, channels).transpose(0, 1, 3, 2, 4, 5)
-        h = dense(self.width, "stem")(patches.reshape(batch, tokens, p * p * channels))
+        patches = input_features(x, self.input_frequencies).reshape(batch, rows, p, columns, p, -1)
+        h = dense(self.width, "stem")(patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, tokens, -1))
         positions = self.param("positions", nn.initializers.normal(0.5), (tokens, self.width), jnp.float32)
         h = h + positions.astype(dtype)[None]
         for i in range(self.depth):
