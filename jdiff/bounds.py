@@ -86,10 +86,9 @@ def density_bound(
 
         log p_s(x) >= E log p_T(x_T) + D log a_T - int E[|eps|^2 / 2 - sigma_t div eps] d log-SNR,
 
-    with equality for the exact field and end (Song et al. 2021, arXiv 2101.09258, theorem 3, eqs. 10 and 11; Huang et
-    al. 2021, arXiv 2106.02808, theorem 4). Far from s the integrand is eq. 11's, the same in expectation and less
-    noisy: |eps - c e|^2 / 2 - D c^2 / 2, c = sigma_t/v. Near s, where c is infinite, it stays as written, with one
-    Rademacher probe. Times are uniform in log-SNR, the density g^2/sigma^2, one in each of `draws` equal strata.
+    with equality for the exact field and end (Song et al. 2021, arXiv 2101.09258, theorem 3; Huang et al. 2021, arXiv
+    2106.02808). Far from s the integrand takes its denoising form, the same in expectation and less noisy: |eps - c
+    e|^2 / 2 - D c^2 / 2, c = sigma_t/v. Near s, where c is infinite, it stays as written, with one Rademacher probe. Times are uniform in log-SNR, the density g^2/sigma^2, one in each of `draws` equal strata.
 
     In the result `prior` is -E log p_T, `diffusion` the integral and `reconstruction` D log a_T.
 
@@ -179,7 +178,7 @@ def level_bound(
         L = 1/2 int E|eps - e|^2 d log-SNR,    or    L_T = sum KL(q(x_s | x_t, x_0) || p(x_s | x_t)),
         KL = 1/2 (SNR_s - SNR_t) E|d|^2    for variance="posterior".
 
-    Kingma et al. 2021 (arXiv 2107.00630), eqs. 11 to 18. variance="forward" is the larger of the two of Ho et al. 2020
+    Kingma et al. 2021 (arXiv 2107.00630), section 4 and appendix A. variance="forward" is the larger of the two of Ho et al. 2020
     (arXiv 2006.11239), section 3.2: sigma_t|s^2, with r = sigma_s^2/sigma_t^2 each KL is r times the above plus
     D/2 (r - 1 - log r). Continuous times are drawn as in `density_bound`.
 
@@ -283,8 +282,7 @@ def level_bound(
 def decode(process: Process, z: Array, t: Array, levels: Array, transform: DataTransform) -> Array:
     """Return log p(levels | z), shape (batch,), with p(k | z) proportional to q(z | x_0 = c_k), entry by entry.
 
-    The exact posterior of independent entries with equally likely levels (Kingma et al. 2021, arXiv 2107.00630,
-    section 3.3).
+    The exact posterior of independent entries with equally likely levels (Kingma et al. 2021, arXiv 2107.00630).
     """
     alpha, sigma = (expand(c, z)[..., None] for c in process.marginal(t))
     centers = transform.center(jnp.arange(transform.levels), dtype=z.dtype)

@@ -50,7 +50,7 @@ def truncated_normal(
 
     c is the middle of the cell. x follows the diffusion's own marginal of noiseless images at t but for its tails, and
     lives on the cells scaled by alpha; log q = -|z|^2/2 - D log(sqrt(2 pi) sigma erf(tau / sqrt(2))). Zheng et al.
-    2023 (arXiv 2305.03935), section 4.2. For tau -> 0 it is uniform, for tau >> 1 a normal.
+    2023 (arXiv 2305.03935). For tau -> 0 it is uniform, for tau >> 1 a normal.
 
     Args:
       key: one key or one per example.
