@@ -63,11 +63,15 @@ def defaults() -> ConfigDict:
     c.likelihood.variable = "t"  # t or log_snr: the time in which the solver steps
     c.likelihood.rtol = 1e-5
     c.likelihood.atol = 1e-5
-    c.likelihood.t_min = 0.0  # 0: the process's own
+    # 0: the process's own; for truncated_normal and discrete bounds the t where half a cell of a level is 3 sigma
+    c.likelihood.t_min = 0.0
     c.likelihood.images = 0  # 0: the whole split
     c.likelihood.tolerance_images = 128  # solved again at a tenth of the tolerance, for the solver's error; 0: none
-    c.likelihood.dequantisation = "uniform"
+    c.likelihood.dequantisation = "uniform"  # or truncated_normal
     c.likelihood.importance_samples = 1  # dequantisations in the bound of one draw, weighted by their densities
+    # Of --bounds: continuous (of the dequantised image), levels (continuous time, discrete decoder), steps_T (T of them).
+    c.likelihood.bounds = "continuous,levels,steps_100,steps_1000"
+    c.likelihood.bound_draws = 64  # times in a bound of one draw
     c.likelihood.matmul_precision = "highest"  # of JAX: highest, high or default (what the hardware likes)
 
     c.sampling = ConfigDict()

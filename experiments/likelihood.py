@@ -3,6 +3,7 @@
     python -m experiments.likelihood --workdir runs/digits [--split test] [--set likelihood.probes=4]
     python -m experiments.likelihood --workdir runs/digits --error 1e-3       # choose the tolerance first
     python -m experiments.likelihood --workdir runs/digits --shard 0/4        # a part, on this machine; or --merge
+    python -m experiments.likelihood --workdir runs/digits --bounds           # evidence lower bounds beside it
     python -m experiments.likelihood --workdir runs/digits --against runs/other
 
 Prints the mean over a split with its standard error by sources and the solver's error; writes likelihood_<split>.json,
@@ -11,6 +12,7 @@ per-image records (run again after a kill to go on), a histogram and the images 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -31,8 +33,7 @@ from experiments import build, cli, errors, model, pictures
 from experiments.artefacts import Run, read_json, read_jsonl
 from experiments.errors import summarise
 from experiments.records import Pair, Records
-from jdiff import data, log_likelihood, parallel
-from jdiff.transforms import bits_per_dim
+from jdiff import bounds, data, dequantisation, log_likelihood, parallel, times
 
 __all__ = ["against", "details", "likelihood", "per_image", "report", "summarise"]
 
@@ -51,6 +52,7 @@ def likelihood(
     shard: tuple[int, int] | None = None,
     merge: bool = False,
     error: float | None = None,
+    bound: bool = False,
 ) -> dict | None:
     """Evaluate a split (default: config.data.test) and return the summary that likelihood_<split>.json holds.
 
@@ -67,6 +69,7 @@ def likelihood(
       merge: evaluate nothing.
       error: bits/dim; choose the tolerance for it on config.likelihood.tolerance_images images, see
         `errors.choose_tolerance`, instead of config.likelihood.rtol and atol.
+      bound: evaluate config.likelihood.bounds too, on the same images and draws.
 
     Returns:
       The summary, or None while other shards are not done.
@@ -80,6 +83,7 @@ def likelihood(
     shard = shard or (jax.process_index(), jax.process_count())
     if error is not None and shard[1] > 1:
         raise ValueError("--error needs one process: choose the tolerance first, with --set likelihood.images=128, say")
+    bound_methods = [_bound(config, name.strip()) for name in c.bounds.split(",")] if bound else []
     evaluation = _Evaluation(config, run, split or config.data.test, step, shard, merge)
     few = [
         (int(i), 0) for i in np.unique(np.linspace(0, evaluation.images - 1, c.tolerance_images).round().astype(int))
@@ -93,7 +97,8 @@ def likelihood(
     method = _ode(config, rtol, atol)
     singles = evaluation.records(evaluation.pairs(c.draws * c.importance_samples), method)
     tighter = evaluation.records(few, _ode(config, rtol / 10, atol / 10)) if few else []
-    if singles is None or tighter is None:
+    bounded = {m.name: evaluation.records(evaluation.pairs(c.draws), m) for m in bound_methods}
+    if None in (singles, tighter, *bounded.values()):
         if merge:
             raise ValueError(f"nothing to merge yet: {evaluation.missing} records of {evaluation.split} are missing")
         return None
@@ -105,6 +110,7 @@ def likelihood(
         **summarise(records),
         "tolerance": _solver_error(singles, tighter, rtol),
         "tolerances_tried": tried,
+        "bounds": _bounds_table(singles, records if c.importance_samples > 1 else None, bounded),
         "error_aimed_at": error,
         "probe_noise": _probe_noise(singles, c.probes),
         "device": ", ".join(sorted({r["device"] for r in records})),
@@ -183,6 +189,15 @@ def details(summary: dict) -> str:
         f"{s['divergence']} divergence, {_count(s['probes'], 'probe')}; {s['process']} to t_min = {s['t_min']:g}, "
         f"stepping in {s['variable']}"
     )
+    for row in summary["bounds"]:
+        value = "failed" if row["bits_per_dim"] is None else f"{row['bits_per_dim']:.4f}"
+        error, gap, gap_error = (
+            "-" if row[k] is None else f"{row[k]:.4f}" for k in ("standard_error", "gap", "gap_error")
+        )
+        lines.append(
+            f"{row['name']:25s} {value} +- {error}, above the ODE by {gap} +- {gap_error} (paired), "
+            f"{row['evaluations']:.0f} evaluations"
+        )
     lines.append(
         f"protocol {s['protocol']}; matmul precision {s['matmul_precision']}; {summary['device']}; "
         f"jdiff {summary['jdiff']}, step {s['step']}, parameters {s['parameters']}"
@@ -199,6 +214,8 @@ class _Method(NamedTuple):
     evaluator: Callable
     """(config, model, image shape) -> jitted (params, statistics, batch, *numbers) -> records as arrays."""
     numbers: tuple[float, ...] = ()
+    discrete: bool = False
+    """Of levels as they are, without dequantisation."""
 
 
 class _Evaluation:
@@ -244,7 +261,7 @@ class _Evaluation:
             "parameters": self._parameters,
             "seed": self._config.seed,
             "protocol": "jdiff",
-            "t_min": c.t_min or build.process(self._config).t_min,
+            "t_min": _t_min(self._config, self._trained.model.transform, discrete=method.discrete),
             "dequantisation": c.dequantisation,
             "matmul_precision": c.matmul_precision,
             **method.settings,
@@ -304,33 +321,31 @@ def _ode(config, rtol, atol):
 
 def _ode_evaluator(config, described, shape):
     c = config.likelihood
-    forward_process = build.process(config)
-    root = config.seed
+    forward_process, t_min = build.process(config), _t_min(config, described.transform)
 
     @jax.jit
     def evaluate(params, statistics, batch, rtol, atol):
-        noise = _keys(root, batch["draw"], batch["index"], 0)
         # Dequantisations that are weighted against each other have their probes in common.
-        probe = _keys(root, batch["draw"] // c.importance_samples, batch["index"], 1)
-        x = described.transform.forward(described.transform.dequantise(noise, batch["image"]))
+        probe = _keys(config.seed, batch["draw"] // c.importance_samples, batch["index"], 1)
+        draw = _dequantised(config, described, batch, t_min)
         field = build.field(config, described.module, params, statistics)
         with jax.default_matmul_precision(c.matmul_precision):
             result = log_likelihood(
                 None if c.divergence == "exact" else probe,
                 forward_process,
                 field,
-                x,
+                draw.x,
                 predict=config.network.predict,
                 divergence=c.divergence,
                 probes=c.probes,
                 variable=c.variable,
                 rtol=rtol,
                 atol=atol,
-                t_min=c.t_min or None,
+                t_min=t_min,
             )
         return {
-            "bits_per_dim": bits_per_dim(result.log_prob, described.transform, shape),
-            "probe_error": result.probe_error / jnp.asarray(math.prod(shape) * math.log(2), x.dtype),
+            "bits_per_dim": dequantisation.level_bits(result.log_prob - draw.log_q, shape),
+            "probe_error": -dequantisation.level_bits(result.probe_error, shape),
             "evaluations": result.evaluations,
             "failed": result.failed,
         }
@@ -338,11 +353,101 @@ def _ode_evaluator(config, described, shape):
     return evaluate
 
 
+def _bound(config, name):
+    """Return the method of a bound by its name, see config.likelihood.bounds.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    kind, _, steps = name.partition("_")
+    known = name in ("continuous", "levels") or (kind == "steps" and steps.isdecimal() and int(steps) > 0)
+    if not known:
+        raise ValueError(f"likelihood.bounds has {name!r}; it may have continuous, levels, and steps_T for any T")
+    draws = config.likelihood.bound_draws
+    evaluator = functools.partial(_bound_evaluator, kind=kind, steps=int(steps or 0), draws=draws)
+    return _Method(name, {"bound": name, "bound_draws": draws}, evaluator, discrete=kind != "continuous")
+
+
+def _bound_evaluator(config, described, shape, *, kind, steps, draws):
+    c = config.likelihood
+    forward_process, t_min = build.process(config), _t_min(config, described.transform, discrete=kind != "continuous")
+    evaluations = draws + max(2, draws // 8) if kind == "continuous" else draws
+    ts = None
+    if kind == "steps":
+        end = float(bounds.end_time(forward_process))
+        ts = times.uniform_log_snr(forward_process, steps, t_min=t_min, t_max=end)
+        evaluations = draws = min(draws, steps)
+
+    @jax.jit
+    def evaluate(params, statistics, batch):
+        keys = _keys(config.seed, batch["draw"], batch["index"], 2)
+        field = build.field(config, described.module, params, statistics)
+        with jax.default_matmul_precision(c.matmul_precision):
+            if kind == "continuous":  # of the same dequantisation as the ODE's
+                draw = _dequantised(config, described, batch, t_min)
+                bound = bounds.density_bound(
+                    keys, forward_process, field, draw.x, predict=config.network.predict, draws=draws, t_min=t_min
+                )
+                value = bound.value - draw.log_q
+            else:
+                bound = bounds.level_bound(
+                    keys,
+                    forward_process,
+                    field,
+                    batch["image"],
+                    described.transform,
+                    predict=config.network.predict,
+                    draws=draws,
+                    ts=ts,
+                    t_min=t_min if ts is None else None,
+                )
+                value = bound.value
+        return {
+            "bits_per_dim": dequantisation.level_bits(value, shape),
+            "probe_error": -dequantisation.level_bits(bound.error, shape),
+            "evaluations": jnp.full(value.shape, evaluations),
+            "failed": ~jnp.isfinite(value),
+        }
+
+    return evaluate
+
+
+def _t_min(config, transform, *, discrete=False):
+    """Return where the model ends: likelihood.t_min, else the process's own, else where noise fits into the cells."""
+    c, forward_process = config.likelihood, build.process(config)
+    if c.t_min or (c.dequantisation == "uniform" and not discrete):
+        return c.t_min or forward_process.t_min
+    return float(dequantisation.start_time(forward_process, transform))
+
+
+def _dequantised(config, described, batch, t_min):
+    """Return the dequantised images and the log-density of that draw; draw d of image i is the same for all methods."""
+    noise = _keys(config.seed, batch["draw"], batch["index"], 0)
+    if config.likelihood.dequantisation == "uniform":
+        return dequantisation.uniform(noise, described.transform, batch["image"])
+    return dequantisation.truncated_normal(noise, described.transform, batch["image"], build.process(config), t_min)
+
+
 def _keys(seed, draw, index, use):
     """Return the keys of draws of images: folded from the seed, the draw, the image and what they are used for."""
     key = jax.random.key(seed)
     fold = lambda d, i: jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, d), i), use)
     return jax.vmap(fold)(draw, index)
+
+
+def _bounds_table(singles, weighted, bounded):
+    """Return [{"name", "bits_per_dim", "standard_error", "gap", "gap_error", "evaluations"}], the ODE's value first.
+
+    The gap is above the ODE's value on the same images, with the error of that paired difference.
+    """
+    found = {"ODE": singles} | ({"ODE, importance-weighted": weighted} if weighted else {}) | bounded
+    images = {name: errors.table(records, "bits_per_dim").mean(axis=1) for name, records in found.items()}
+    rows = []
+    for name, records in found.items() if bounded else ():
+        summary, gap = summarise(records), errors.difference(images[name], images["ODE"])
+        row = {k: summary[k] for k in ("bits_per_dim", "standard_error")} | {"evaluations": summary["evaluations_mean"]}
+        rows.append({"name": name, **row, "gap": gap["bias"], "gap_error": gap["bias_error"]})
+    return rows
 
 
 def _solver_error(records, tighter, rtol):
@@ -420,13 +525,16 @@ def main() -> None:
     flags.DEFINE_string("shard", None, "k/n: evaluate the k-th of n parts only (k from 0)")
     flags.DEFINE_bool("merge", False, "evaluate nothing: merge the records of all shards")
     flags.DEFINE_float("error", None, "choose the tolerance for this mean error in bits/dim")
+    flags.DEFINE_bool("bounds", False, "the bounds of likelihood.bounds too, in one table")
     flags.DEFINE_string("against", None, "another evaluated run folder: print the paired difference")
 
     def run(config, folder):
         f = flags.FLAGS
         split = f.split or config.data.test
         shard = _shard(f.shard) if f.shard else None
-        summary = likelihood(config, folder, split=split, step=f.step, shard=shard, merge=f.merge, error=f.error)
+        summary = likelihood(
+            config, folder, split=split, step=f.step, shard=shard, merge=f.merge, error=f.error, bound=f.bounds
+        )
         if summary is None:
             print("this part is done; the last shard to finish merges all (or run again with --merge)")
             return 0

@@ -1,6 +1,7 @@
 """The likelihood script: what its errors mean, and that kills, shards and batch sizes change no number."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -13,11 +14,12 @@ import jax
 import numpy as np
 import pytest
 
+import jdiff
 from configs import smoke
 from experiments import build, cli, errors, likelihood, model
 from experiments.artefacts import Run, read_json, read_jsonl
 from experiments.records import Records
-from jdiff import checkpoint, data
+from jdiff import bounds, checkpoint, data, dequantisation
 
 # Errors ---------------------------------------------------------------------------------------------------------------
 
@@ -381,6 +383,75 @@ def test_the_exact_divergence_has_no_probe_noise_and_a_limit(folder, monkeypatch
     monkeypatch.setattr(likelihood, "_EXACT_LIMIT", 63)
     with pytest.raises(ValueError, match=r"for D <= 63; images of digits have D = 64: use rademacher"):
         likelihood.likelihood(config, run)
+
+
+def test_dequantisations_and_bounds_are_the_librarys_with_the_keys_that_are_promised(folder, capsys):
+    run, source = folder("bounds"), data.load("digits", "test")
+    config = _config(
+        likelihood__dequantisation="truncated_normal",
+        likelihood__importance_samples=2,
+        likelihood__divergence="exact",
+        likelihood__rtol=1e-3,
+        likelihood__atol=1e-3,
+        likelihood__images=8,
+        likelihood__tolerance_images=0,
+        likelihood__bounds="continuous, levels,steps_3",
+        likelihood__bound_draws=4,
+    )
+    summary = likelihood.likelihood(config, run, bound=True)
+    rows = {row["name"]: row for row in summary["bounds"]}
+    assert list(rows) == ["ODE", "ODE, importance-weighted", "continuous", "levels", "steps_3"]
+    assert rows["ODE"]["gap"] == 0 and rows["ODE, importance-weighted"]["gap"] < 0
+    assert rows["ODE, importance-weighted"]["bits_per_dim"] == summary["bits_per_dim"]
+    for row in list(rows.values())[2:]:
+        assert row["gap"] == pytest.approx(row["bits_per_dim"] - rows["ODE"]["bits_per_dim"])
+        assert row["standard_error"] > 0 and row["gap_error"] > 0
+    assert [row["evaluations"] for row in rows.values()][2:] == [6, 4, 3]
+    text = likelihood.details(summary)
+    assert "truncated_normal, weighted over 2; exact divergence" in text and "\n  steps_3 " in text
+
+    # Draw 1 of image 5, by hand.
+    trained = model.load(config, run, source)
+    process, transform = build.process(config), trained.model.transform
+    image = source.read(np.asarray([5]))["image"]
+    field = build.field(config, trained.model.module, trained.params, trained.statistics)
+    fold = lambda *numbers: functools.reduce(jax.random.fold_in, numbers, jax.random.key(config.seed))[None]
+    t_min = float(dequantisation.start_time(process, transform))
+    assert summary["settings"]["t_min"] == t_min
+    draw = dequantisation.truncated_normal(fold(1, 5, 0), transform, image, process, t_min)
+    options = {"predict": config.network.predict, "t_min": t_min}
+    result = jdiff.log_likelihood(
+        None, process, field, draw.x, divergence="exact", rtol=1e-3, atol=1e-3, variable="t", **options
+    )
+    ode, continuous = (
+        dequantisation.level_bits(value - draw.log_q, (8, 8, 1))
+        for value in (
+            result.log_prob,
+            bounds.density_bound(fold(1, 5, 2), process, field, draw.x, draws=4, **options).value,
+        )
+    )
+    records = {file: read_jsonl(file) for file in run.path.glob("likelihood_test-*.jsonl")}
+    found = {
+        lines[0]["settings"].get("bound", "ODE"): {(r["index"], r["draw"]): r["bits_per_dim"] for r in lines[1:]}
+        for lines in records.values()
+    }
+    assert found["ODE"][5, 1] == pytest.approx(float(ode[0]), rel=1e-3)
+    assert (5, 1) not in found["continuous"]
+    likelihood.likelihood(_more(config, draws=2, importance_samples=1), run, bound=True)
+    assert summary["settings"]["split"] == "test"
+    lines = [read_jsonl(file) for file in run.path.glob("likelihood_test-*.jsonl")]
+    (second,) = [line[1:] for line in lines if line[0]["settings"].get("bound") == "continuous"]
+    values = {(r["index"], r["draw"]): r["bits_per_dim"] for r in second}
+    assert values[5, 1] == pytest.approx(float(continuous[0]), rel=1e-3)
+    for name in ("", "elbo", "steps_", "steps_0", "steps_x"):
+        with pytest.raises(ValueError, match=f"likelihood.bounds has '{name}'; it may have continuous, levels"):
+            likelihood.likelihood(_more(config, bounds=name), run, bound=True)
+
+
+def _more(config, **changes):
+    config = config.copy_and_resolve_references()
+    config.likelihood.update(changes)
+    return config
 
 
 def test_no_number_without_its_ingredients(folder, monkeypatch):
