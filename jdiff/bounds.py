@@ -88,7 +88,8 @@ def density_bound(
 
     with equality for the exact field and end (Song et al. 2021, arXiv 2101.09258, theorem 3; Huang et al. 2021, arXiv
     2106.02808). Far from s the integrand takes its denoising form, the same in expectation and less noisy: |eps - c
-    e|^2 / 2 - D c^2 / 2, c = sigma_t/v. Near s, where c is infinite, it stays as written, with one Rademacher probe. Times are uniform in log-SNR, the density g^2/sigma^2, one in each of `draws` equal strata.
+    e|^2 / 2 - D c^2 / 2, c = sigma_t/v. Near s, where c is infinite, it stays as written, with one Rademacher probe.
+    Times are uniform in log-SNR, the density g^2/sigma^2, one in each of `draws` equal strata.
 
     In the result `prior` is -E log p_T, `diffusion` the integral and `reconstruction` D log a_T.
 
@@ -178,9 +179,9 @@ def level_bound(
         L = 1/2 int E|eps - e|^2 d log-SNR,    or    L_T = sum KL(q(x_s | x_t, x_0) || p(x_s | x_t)),
         KL = 1/2 (SNR_s - SNR_t) E|d|^2    for variance="posterior".
 
-    Kingma et al. 2021 (arXiv 2107.00630), section 4 and appendix A. variance="forward" is the larger of the two of Ho et al. 2020
-    (arXiv 2006.11239), section 3.2: sigma_t|s^2, with r = sigma_s^2/sigma_t^2 each KL is r times the above plus
-    D/2 (r - 1 - log r). Continuous times are drawn as in `density_bound`.
+    Kingma et al. 2021 (arXiv 2107.00630), section 4 and appendix A. variance="forward" is the larger of the two of
+    Ho et al. 2020 (arXiv 2006.11239), section 3.2: sigma_t|s^2, with r = sigma_s^2/sigma_t^2 each KL is r times the
+    above plus D/2 (r - 1 - log r). Continuous times are drawn as in `density_bound`.
 
     Args:
       key: one key or one per example.

@@ -228,6 +228,25 @@ def test_level_bound_of_the_exact_field_is_the_entropy_of_its_start():
     assert np.hypot(error, other) < 0.06 and abs(got - want) < 4 * np.hypot(error, other)
 
 
+def test_the_prior_s_cost_in_closed_form_is_the_estimated_one():
+    """Of a prior that is wider than the data by little, so that every term of it counts."""
+    process = jdiff.VE(sigma_max=1.5)
+    x = jnp.broadcast_to(jnp.array([[0.9, -0.4]]), (2048, 2))
+    k = jnp.broadcast_to(jnp.array([[3, 1]]), (2048, 2))
+
+    @jax.jit
+    def run(key):
+        data = mixture(process)
+        given = {"draws": 16, "prior_log_prob": lambda z: jdiff.processes.prior_log_prob(process, z)}
+        density = lambda **more: bounds.density_bound(key, process, data.score, x, t_min=0.5, **more).prior
+        level = lambda **more: bounds.level_bound(key, process, data.score, k, LEVELS, **more).prior
+        return [(f(draws=2)[0], f(**given)) for f in (density, level)]
+
+    for exact, estimates in run(jax.random.key(0)):
+        mean, error = mean_and_error(estimates)
+        assert error < 0.02 and abs(mean - float(exact)) < 4 * error
+
+
 def test_steps_reach_the_end_where_alpha_is_zero():
     process = jdiff.Rectified(t_min=1e-3)
     data = mixture(process)
