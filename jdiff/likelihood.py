@@ -33,6 +33,9 @@ __all__ = ["Divergence", "LogLikelihood", "log_likelihood"]
 
 Divergence = Literal["rademacher", "gaussian", "exact"]
 
+# Directions whose derivatives are in memory together; the D of an exact divergence may be hundreds.
+_AT_ONCE = 16
+
 
 class LogLikelihood(NamedTuple):
     """Per-example results, shape (batch,) but for `latent`."""
@@ -81,7 +84,7 @@ def log_likelihood(
       x: data in model space, shape (batch, *event).
       predict: kind of the field.
       divergence: "rademacher" or "gaussian" probes, or "exact": all D basis vectors (D forward derivatives per
-        evaluation).
+        evaluation, 16 at a time).
       probes: number of probes; the estimates are averaged and their spread is returned.
       rtol: relative tolerance of the adaptive solver.
       atol: absolute tolerance.
@@ -180,4 +183,9 @@ def _velocity_and_traces(velocity, x, tangents):
     if len(tangents) == 1:
         value, trace = along(tangents[0])
         return value, trace[:, None]
-    return jax.vmap(along, out_axes=(None, 1))(tangents)
+    if len(tangents) <= _AT_ONCE:
+        return jax.vmap(along, out_axes=(None, 1))(tangents)
+    # The value once, and its linear map for some directions at a time.
+    value, derivative = jax.linearize(velocity, x)
+    trace = lambda e: jnp.sum((e * derivative(e)).reshape(x.shape[0], -1), axis=1)
+    return value, jax.lax.map(trace, tangents, batch_size=_AT_ONCE).T

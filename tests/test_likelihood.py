@@ -98,6 +98,16 @@ def test_error_shrinks_with_the_tolerance(x64, name):
         assert evaluations == sorted(set(evaluations))
 
 
+def test_many_directions_in_parts():
+    """More entries than derivatives that are taken at once, and no multiple of them."""
+    process = jdiff.VP()
+    data = analytic.gaussian_mixture(process, jnp.array([0.4, 0.6]), jnp.stack([-jnp.ones(19), jnp.ones(19)]), 0.5)
+    x = data.sample(jax.random.key(0), 3)
+    end = lambda z: data.log_prob(z, process.t_max)
+    run = lambda: log_likelihood(None, process, data.score, x, divergence="exact", prior_log_prob=end)
+    np.testing.assert_allclose(jax.jit(run)().log_prob, data.log_prob(x, process.t_min), atol=1e-4 * 19)
+
+
 def test_random_probes_are_unbiased_and_their_error_is_calibrated():
     """z-scores against the exact divergence: Student's t with 15 degrees of freedom has variance 15/13."""
     process, kind = CASES["vp"]
