@@ -84,19 +84,20 @@ def likelihood(
     if error is not None and shard[1] > 1:
         raise ValueError("--error needs one process: choose the tolerance first, with --set likelihood.images=128, say")
     bound_methods = [_bound(config, name.strip()) for name in c.bounds.split(",")] if bound else []
+    if bound and config.protocol != "jdiff":
+        raise ValueError(f"--bounds are of protocol jdiff, not of {config.protocol}")
     evaluation = _Evaluation(config, run, split or config.data.test, step, shard, merge)
-    few = [
-        (int(i), 0) for i in np.unique(np.linspace(0, evaluation.images - 1, c.tolerance_images).round().astype(int))
-    ]
+    ode = build.pick({"jdiff": _ode, "song2021": _song2021}, config.protocol, "protocol")
+    few = evaluation.few(c.tolerance_images)
     rtol, atol, tried = c.rtol, c.atol, None
     if error is not None:
-        solve = lambda t: errors.table(evaluation.records(few, _ode(config, t, t)), "bits_per_dim")[:, 0]
+        solve = lambda t: errors.table(evaluation.records(few, ode(config, t, t)), "bits_per_dim")[:, 0]
         rtol, tried = errors.choose_tolerance(solve, error)
         atol = rtol
 
-    method = _ode(config, rtol, atol)
+    method = ode(config, rtol, atol)
     singles = evaluation.records(evaluation.pairs(c.draws * c.importance_samples), method)
-    tighter = evaluation.records(few, _ode(config, rtol / 10, atol / 10)) if few else []
+    tighter = evaluation.records(few, ode(config, rtol / 10, atol / 10)) if few else []
     bounded = {m.name: evaluation.records(evaluation.pairs(c.draws), m) for m in bound_methods}
     if None in (singles, tighter, *bounded.values()):
         if merge:
@@ -106,7 +107,7 @@ def likelihood(
     if c.importance_samples > 1:
         records = errors.importance_weighted(singles, c.importance_samples, evaluation.size)
     summary = {
-        "settings": evaluation.settings(method) | {"images": evaluation.images, "draws": c.draws},
+        "settings": evaluation.settings(method) | {"images": len({r["index"] for r in records}), "draws": c.draws},
         **summarise(records),
         "tolerance": _solver_error(singles, tighter, rtol),
         "tolerances_tried": tried,
@@ -125,7 +126,8 @@ def likelihood(
 
 def per_image(run: Run, split: str) -> np.ndarray:
     """Return the bits/dim of each evaluated image of a split, averaged over draws, in the order of the split."""
-    return errors.table(read_jsonl(run / f"likelihood_{_slug(split)}.jsonl"), "bits_per_dim").mean(axis=1)
+    bits = errors.table(read_jsonl(run / f"likelihood_{_slug(split)}.jsonl"), "bits_per_dim")
+    return np.ma.masked_invalid(bits).mean(axis=1).filled(np.nan)
 
 
 def against(run: Run, other: Run, split: str) -> dict:
@@ -216,6 +218,8 @@ class _Method(NamedTuple):
     numbers: tuple[float, ...] = ()
     discrete: bool = False
     """Of levels as they are, without dequantisation."""
+    joint: bool = False
+    """The images of a batch are solved as one system on the host: batches are part of the number."""
 
 
 class _Evaluation:
@@ -242,12 +246,27 @@ class _Evaluation:
         self._mesh = mesh = parallel.data_mesh(jax.local_devices())
         share = -(-self.images * config.likelihood.draws * config.likelihood.importance_samples // n)
         self._batch_size = -(-min(config.likelihood.batch_size, share) // mesh.size) * mesh.size
+        if config.protocol == "song2021":
+            self._batch_size = min(config.likelihood.batch_size, self.images)
         self._placed = None
         self._functions = {}
 
     def pairs(self, draws: int) -> list[Pair]:
-        """Return all pairs of image and draw, the first draw of all images first."""
-        return [(i, d) for d in range(draws) for i in range(self.images)]
+        """Return all pairs of image and draw, the first draw of all images first.
+
+        Protocol song2021: each pass in an order of its own, and without the images that do not fill a batch.
+        """
+        if self._config.protocol == "jdiff":
+            return [(i, d) for d in range(draws) for i in range(self.images)]
+        whole = self.images // self._batch_size * self._batch_size
+        orders = [np.random.default_rng([self._config.seed, d]).permutation(self.images) for d in range(draws)]
+        return [(int(i), d) for d, order in enumerate(orders) for i in order[:whole]]
+
+    def few(self, count: int) -> list[Pair]:
+        """Return about so many pairs to estimate the solver's error on, spread over the split; of song2021 a batch."""
+        if self._config.protocol == "jdiff":
+            return [(int(i), 0) for i in np.unique(np.linspace(0, self.images - 1, count).round().astype(int))]
+        return self.pairs(1)[: self._batch_size] if count else []
 
     def settings(self, method: _Method) -> dict:
         """Return what a record depends on besides image and draw."""
@@ -260,7 +279,7 @@ class _Evaluation:
             "step": self._trained.step,
             "parameters": self._parameters,
             "seed": self._config.seed,
-            "protocol": "jdiff",
+            "protocol": self._config.protocol,
             "t_min": _t_min(self._config, self._trained.model.transform, discrete=method.discrete),
             "dequantisation": c.dequantisation,
             "matmul_precision": c.matmul_precision,
@@ -271,7 +290,12 @@ class _Evaluation:
         """Return the records of all pairs in order, those missing evaluated first; None where other shards owe some."""
         files = Records(self._run, f"likelihood_{_slug(self.split)}", self.settings(method), self._shard)
         there = files.read()
-        todo = [pair for pair in files.share(pairs) if pair not in there]
+        mine = files.share(pairs, self._batch_size if method.joint else 1)
+        todo = [pair for pair in mine if pair not in there]
+        if method.joint:  # what is missing of a batch is computed with the rest of it
+            size = self._batch_size
+            batches = [mine[first : first + size] for first in range(0, len(mine), size)]
+            todo = [pair for batch in batches if any(pair not in there for pair in batch) for pair in batch]
         if todo and not self._merge:
             self._compute(todo, method, files.writer())
             there = files.read()
@@ -281,12 +305,15 @@ class _Evaluation:
 
     def _compute(self, pairs, method, write):
         mesh = self._mesh
-        if self._placed is None:
+        if method.joint:
+            self._placed = self._trained.params, self._trained.statistics
+        elif self._placed is None:
             self._placed = parallel.replicate((self._trained.params, self._trained.statistics), mesh)
         if method.name not in self._functions:  # one program for all batches and tolerances
             self._functions[method.name] = method.evaluator(self._config, self._trained.model, self._source.shape)
-        evaluate, numbers = self._functions[method.name], [np.float32(number) for number in method.numbers]
-        device = f"{mesh.size} {jax.local_devices()[0].device_kind}"
+        evaluate = self._functions[method.name]
+        numbers = method.numbers if method.joint else [np.float32(number) for number in method.numbers]
+        device = f"{1 if method.joint else mesh.size} {jax.local_devices()[0].device_kind}"
         total, count = 0.0, 0
         interval = 0.5 if sys.stderr.isatty() else 15
         with tqdm(total=len(pairs), desc=f"{method.name} {self.split}", unit="image", mininterval=interval) as bar:
@@ -296,7 +323,8 @@ class _Evaluation:
                 # Filled up with real images: one shape, one program, nothing for adaptive solvers to stumble over.
                 index, draw = np.resize(np.asarray(rows, np.int32), (self._batch_size, 2)).T
                 batch = {"image": self._source.read(index)["image"], "index": index, "draw": draw}
-                batch = parallel.shard_batch({k: np.ascontiguousarray(v) for k, v in batch.items()}, mesh)
+                if not method.joint:
+                    batch = parallel.shard_batch({k: np.ascontiguousarray(v) for k, v in batch.items()}, mesh)
                 out = jax.device_get(evaluate(*self._placed, batch, *numbers))
                 seconds = (time.perf_counter() - start) / len(rows)
                 records = [
@@ -348,6 +376,56 @@ def _ode_evaluator(config, described, shape):
             "probe_error": -dequantisation.level_bits(result.probe_error, shape),
             "evaluations": result.evaluations,
             "failed": result.failed,
+        }
+
+    return evaluate
+
+
+def _song2021(config, rtol, atol):
+    """Return the likelihood of Song et al. 2021, see `experiments.song2021.bits_per_dim`.
+
+    Raises:
+      ValueError: options that their protocol does not have.
+    """
+    c = config.likelihood
+    theirs = {"dequantisation": "uniform", "importance_samples": 1, "divergence": "rademacher", "probes": 1}
+    theirs |= {"variable": "t", "t_min": 0.0}
+    for name, value in theirs.items():
+        if c[name] != value:
+            raise ValueError(f"protocol song2021 has likelihood.{name} = {value!r}, got {c[name]!r}")
+    # The hardware's default precision and the images that share a batch were part of their numbers.
+    settings = {k: theirs[k] for k in ("importance_samples", "divergence", "probes", "variable")}
+    settings |= {"matmul_precision": "default", "batch_size": c.batch_size, "images": c.images}
+    settings |= {"rtol": rtol, "atol": atol}
+    return _Method("song2021", settings, _song2021_evaluator, (rtol, atol), joint=True)
+
+
+def _song2021_evaluator(config, described, shape):
+    from experiments import song2021
+
+    forward_process = build.process(config)
+
+    def evaluate(params, statistics, batch, rtol, atol):
+        field = build.field(config, described.module, params, statistics)
+        score = jdiff.reparameterise(forward_process, field, config.network.predict, "score")
+        key = _keys(config.seed, batch["draw"][:1], batch["index"][:1], 0)[0]
+        with jax.default_matmul_precision("default"):
+            found = song2021.bits_per_dim(
+                key,
+                forward_process,
+                score,
+                batch["image"],
+                transform=described.transform,
+                probe="rademacher",
+                rtol=rtol,
+                atol=atol,
+            )
+        bits = np.asarray(found["bits_per_dim"])
+        return {
+            "bits_per_dim": bits,
+            "probe_error": np.full(bits.shape, np.nan),
+            "evaluations": np.broadcast_to(found["evaluations"], bits.shape),
+            "failed": ~np.isfinite(bits),
         }
 
     return evaluate
@@ -515,7 +593,10 @@ def _show(folder, config, split, summary):
     name, bits = f"likelihood_{_slug(split)}", per_image(folder, split)
     pictures.bits_histogram(folder / f"{name}.png", bits, {})
     source = data.load(config.data.name, split)
-    pictures.extremes(folder / f"{name}_extremes.png", lambda i: source.read(i)["image"], bits, source.levels)
+    numbers = np.unique([record["index"] for record in read_jsonl(folder / f"{name}.jsonl")])
+    read = lambda numbers: source.read(numbers)["image"]
+    if len(bits) > 1:
+        pictures.extremes(folder / f"{name}_extremes.png", read, numbers, bits, source.levels)
 
 
 def main() -> None:
@@ -525,12 +606,14 @@ def main() -> None:
     flags.DEFINE_string("shard", None, "k/n: evaluate the k-th of n parts only (k from 0)")
     flags.DEFINE_bool("merge", False, "evaluate nothing: merge the records of all shards")
     flags.DEFINE_float("error", None, "choose the tolerance for this mean error in bits/dim")
+    flags.DEFINE_enum("protocol", None, ["jdiff", "song2021"], "instead of the configuration's protocol")
     flags.DEFINE_bool("bounds", False, "the bounds of likelihood.bounds too, in one table")
     flags.DEFINE_string("against", None, "another evaluated run folder: print the paired difference")
 
     def run(config, folder):
         f = flags.FLAGS
         split = f.split or config.data.test
+        config.protocol = f.protocol or config.protocol
         shard = _shard(f.shard) if f.shard else None
         summary = likelihood(
             config, folder, split=split, step=f.step, shard=shard, merge=f.merge, error=f.error, bound=f.bounds

@@ -64,25 +64,32 @@ def bits_histogram(file: pathlib.Path, bits: np.ndarray, yardsticks: dict[str, f
 
 
 def extremes(
-    file: pathlib.Path, read: Callable[[np.ndarray], np.ndarray], bits: np.ndarray, levels: int, *, count: int = 10
+    file: pathlib.Path,
+    read: Callable[[np.ndarray], np.ndarray],
+    numbers: np.ndarray,
+    bits: np.ndarray,
+    levels: int,
+    *,
+    count: int = 10,
 ) -> None:
     """Write the `count` images with the fewest bits/dim (first row) and those with the most, each with its value.
 
     Args:
       file: where to.
       read: numbers of images -> images (n, H, W, C), C = 1 or 3.
-      bits: of each image.
+      numbers: of the images.
+      bits: of each of them.
       levels: of the images.
       count: how many of each, at most half of them.
     """
     order = np.argsort(bits)
     count = min(count, len(bits) // 2)
     chosen = np.concatenate([order[:count], order[::-1][:count]])
-    images = read(chosen).astype(np.float64) / (levels - 1)
+    images = read(numbers[chosen]).astype(np.float64) / (levels - 1)
     figure, axes = plt.subplots(2, max(count, 1), figsize=(1.1 * count, 2.9), layout="constrained", squeeze=False)
-    for a, image, number in zip(axes.flat, images, chosen, strict=True):
+    for a, image, which in zip(axes.flat, images, chosen, strict=True):
         a.imshow(image if image.shape[2] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=1)
-        a.set_title(f"{bits[number]:.3f}\n{number}", fontsize=8)
+        a.set_title(f"{bits[which]:.3f}\n{numbers[which]}", fontsize=8)
         a.axis("off")
     figure.suptitle(f"Fewest and most bits/dim of {len(bits)} images", fontsize=9)
     figure.savefig(file, dpi=120)

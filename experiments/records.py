@@ -26,10 +26,11 @@ class Records:
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
         self._run, self._stem, self._shard = run, f"{name}-{digest}", shard
 
-    def share(self, pairs: list[Pair]) -> list[Pair]:
-        """Return this process's part of the pairs: the k-th of n contiguous ones."""
+    def share(self, pairs: list[Pair], whole: int = 1) -> list[Pair]:
+        """Return this process's part of the pairs: the k-th of n contiguous ones, in groups of `whole` each."""
         k, n = self._shard
-        return pairs[k * len(pairs) // n : (k + 1) * len(pairs) // n]
+        groups = len(pairs) // whole
+        return pairs[k * groups // n * whole : (k + 1) * groups // n * whole]
 
     def read(self) -> dict[Pair, dict]:
         """Return the records of all files; a line cut short by a kill is left out.

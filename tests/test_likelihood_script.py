@@ -9,11 +9,13 @@ import pathlib
 import socket
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 
+import experiments
 import jdiff
 from configs import smoke
 from experiments import build, cli, errors, likelihood, model
@@ -389,6 +391,7 @@ def test_dequantisations_and_bounds_are_the_librarys_with_the_keys_that_are_prom
     run, source = folder("bounds"), data.load("digits", "test")
     config = _config(
         likelihood__dequantisation="truncated_normal",
+        likelihood__draws=2,
         likelihood__importance_samples=2,
         likelihood__divergence="exact",
         likelihood__rtol=1e-3,
@@ -430,22 +433,61 @@ def test_dequantisations_and_bounds_are_the_librarys_with_the_keys_that_are_prom
             bounds.density_bound(fold(1, 5, 2), process, field, draw.x, draws=4, **options).value,
         )
     )
-    records = {file: read_jsonl(file) for file in run.path.glob("likelihood_test-*.jsonl")}
+    files = [read_jsonl(file) for file in run.path.glob("likelihood_test-*.jsonl")]
     found = {
         lines[0]["settings"].get("bound", "ODE"): {(r["index"], r["draw"]): r["bits_per_dim"] for r in lines[1:]}
-        for lines in records.values()
+        for lines in files
     }
     assert found["ODE"][5, 1] == pytest.approx(float(ode[0]), rel=1e-3)
-    assert (5, 1) not in found["continuous"]
-    likelihood.likelihood(_more(config, draws=2, importance_samples=1), run, bound=True)
-    assert summary["settings"]["split"] == "test"
-    lines = [read_jsonl(file) for file in run.path.glob("likelihood_test-*.jsonl")]
-    (second,) = [line[1:] for line in lines if line[0]["settings"].get("bound") == "continuous"]
-    values = {(r["index"], r["draw"]): r["bits_per_dim"] for r in second}
-    assert values[5, 1] == pytest.approx(float(continuous[0]), rel=1e-3)
+    assert found["continuous"][5, 1] == pytest.approx(float(continuous[0]), rel=1e-3)
+    assert (len(found["ODE"]), len(found["continuous"])) == (32, 16)
     for name in ("", "elbo", "steps_", "steps_0", "steps_x"):
         with pytest.raises(ValueError, match=f"likelihood.bounds has '{name}'; it may have continuous, levels"):
             likelihood.likelihood(_more(config, bounds=name), run, bound=True)
+
+
+def test_the_protocol_of_2021_goes_through_whole_batches(folder, monkeypatch):
+    """Each pass in another order, remainders dropped, batches solved together; a resumed one computes whole batches."""
+    run, calls = folder("old"), []
+
+    def bits_per_dim(key, process, score, images, *, transform, probe, rtol, atol):
+        calls.append((images, rtol, atol, jax.random.key_data(key).tolist()))
+        assert probe == "rademacher" and transform.levels == 17 and isinstance(rtol, float)
+        assert jax.config.jax_default_matmul_precision == "default"
+        x = jax.numpy.zeros((2, 8, 8, 1))
+        assert score(x, jax.numpy.full((2,), 0.5)).shape == x.shape
+        return {"bits_per_dim": images.mean(axis=(1, 2, 3)) + rtol, "evaluations": 100 + len(calls)}
+
+    monkeypatch.setattr(experiments, "song2021", types.SimpleNamespace(bits_per_dim=bits_per_dim), raising=False)
+    config = _config(protocol="song2021", likelihood__draws=3, likelihood__batch_size=5)
+    summary = likelihood.likelihood(config, run)
+    images = data.load("digits", "test").read(np.arange(12))["image"].mean(axis=(1, 2, 3))
+    records = read_jsonl(run / "likelihood_test.jsonl")
+    assert (
+        len(records) == 3 * 10 and len(calls) == 3 * 2 + 1
+    )  # 12 images make two batches of 5; one batch solved tighter
+    assert [call[1:3] for call in calls] == [(0.01, 0.01)] * 6 + [(0.001, 0.001)]
+    assert len({str(call[3]) for call in calls}) == 6 and calls[0][3] == calls[6][3]  # the tighter has the same noise
+    for draw in range(3):
+        assert len({r["index"] for r in records if r["draw"] == draw}) == 10
+    assert len({tuple(r["index"] for r in records if r["draw"] == draw) for draw in range(3)}) > 1
+    for r in records:
+        assert r["bits_per_dim"] == pytest.approx(images[r["index"]] + 0.01)
+    assert summary["bits_per_dim"] == pytest.approx(np.mean([r["bits_per_dim"] for r in records]))
+    assert summary["settings"]["protocol"] == "song2021" and summary["settings"]["matmul_precision"] == "default"
+    assert summary["tolerance"]["images"] == 5 and summary["tolerance"]["bias"] == pytest.approx(0.009)
+    assert "protocol song2021; matmul precision default; 1 cpu" in likelihood.details(summary)
+
+    file = next(f for f in run.path.glob("likelihood_test-*") if len(f.read_text().splitlines()) == 31)
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:23]) + "\n")  # two records into the fifth batch
+    assert likelihood.likelihood(config, run)["bits_per_dim"] == summary["bits_per_dim"]
+    assert len(calls) == 7 + 2
+    for name, value in (("probes", 2), ("variable", "log_snr"), ("dequantisation", "truncated_normal"), ("t_min", 0.1)):
+        with pytest.raises(ValueError, match=f"protocol song2021 has likelihood.{name} = "):
+            likelihood.likelihood(_more(config, **{name: value}), run)
+    with pytest.raises(ValueError, match="--bounds are of protocol jdiff"):
+        likelihood.likelihood(config, run, bound=True)
 
 
 def _more(config, **changes):
