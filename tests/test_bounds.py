@@ -198,8 +198,11 @@ def test_more_steps_are_better_up_to_continuous_time():
         grid = np.asarray(times.uniform_log_snr(EIGHT, n), np.float64)
         exact[n] = brute_force(EIGHT, grid, 2, 0.6, "posterior")[0]
         if n == 16:
-            mean, error = mean_and_error(linear_run(jnp.asarray(grid, jnp.float32)).value)
-            assert abs(mean - exact[n]) < 4 * error
+            for draws in (None, 8):
+                bound = linear_run(jnp.asarray(grid, jnp.float32), draws=draws)
+                mean, error = mean_and_error(bound.value)
+                assert abs(mean - exact[n]) < 4 * error
+                assert 0.95 < np.sqrt(np.mean(bound.error**2)) / np.std(bound.value) < 1.3
     assert sorted(exact, key=exact.get) == [2, 16, 128, 256] and exact[2] < exact[256] - 1
     # The gap shrinks as 1/T: extrapolated, the steps reach the continuous bound.
     limit = 2 * exact[256] - exact[128]
@@ -276,8 +279,8 @@ def test_decoders():
 
 
 def test_cells_decoder_uses_the_field_at_the_start():
-    bound = linear_run(jnp.array([1.0, 0.5, 0.05]), decoder="cells")
-    a, s, *_ = coefficients(EIGHT, 0.05)
+    bound = linear_run(jnp.array([1.0, 0.5, 0.3]), decoder="cells")
+    a, s, *_ = coefficients(EIGHT, 0.3)
     slope = a * 0.36 / (a**2 * 0.36 + s**2)
     nodes, weights = np.polynomial.hermite_e.hermegauss(20)
     mean = slope * (a * 0.25 + s * nodes)
