@@ -4,6 +4,7 @@
     python -m experiments.train --config configs/ve/cifar10_ncsnpp.py --workdir RUN
 
 Published (Tables 2 and 3): FID 2.45 (PC).
+Network: 62,693,251 parameters.
 Training: 1,300,001 steps of 128 images; derived: 166.4 million images, 3,328 epochs.
 """
 

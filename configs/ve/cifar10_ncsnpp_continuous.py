@@ -4,6 +4,7 @@
     python -m experiments.train --config configs/ve/cifar10_ncsnpp_continuous.py --workdir RUN
 
 Published (Tables 2 and 3): FID 2.38 (PC).
+Network: 62,758,915 parameters.
 Training: 1,300,001 steps of 128 images; derived: 166.4 million images, 3,328 epochs.
 """
 

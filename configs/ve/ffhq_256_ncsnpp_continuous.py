@@ -4,6 +4,7 @@
     python -m experiments.train --config configs/ve/ffhq_256_ncsnpp_continuous.py --workdir RUN
 
 Published: no number in Tables 2 and 3 for this row.
+Network: 65,574,549 parameters.
 Training: 2,400,001 steps of 64 images; derived: 153.6 million images.
 """
 

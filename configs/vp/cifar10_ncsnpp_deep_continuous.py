@@ -4,6 +4,7 @@
     python -m experiments.train --config configs/vp/cifar10_ncsnpp_deep_continuous.py --workdir RUN
 
 Published: no number in Tables 2 and 3 for this row.
+Network: 107,521,411 parameters.
 Training: 950,001 steps of 128 images; derived: 121.6 million images, 2,432 epochs.
 """
 
