@@ -192,14 +192,11 @@ def details(summary: dict) -> str:
         f"stepping in {s['variable']}"
     )
     for row in summary["bounds"]:
-        value = "failed" if row["bits_per_dim"] is None else f"{row['bits_per_dim']:.4f}"
-        error, gap, gap_error = (
-            "-" if row[k] is None else f"{row[k]:.4f}" for k in ("standard_error", "gap", "gap_error")
+        value, error, gap, gap_error = (
+            "-" if row[k] is None else f"{row[k]:.4f}" for k in ("bits_per_dim", "standard_error", "gap", "gap_error")
         )
-        lines.append(
-            f"{row['name']:25s} {value} +- {error}, above the ODE by {gap} +- {gap_error} (paired), "
-            f"{row['evaluations']:.0f} evaluations"
-        )
+        above = "" if row["name"] == "ODE" else f", above the ODE by {gap} +- {gap_error} (paired)"
+        lines.append(f"{row['name']:25s} {value} +- {error}, {row['evaluations']:.0f} evaluations{above}")
     lines.append(
         f"protocol {s['protocol']}; matmul precision {s['matmul_precision']}; {summary['device']}; "
         f"jdiff {summary['jdiff']}, step {s['step']}, parameters {s['parameters']}"
