@@ -59,7 +59,7 @@ SLOW = {
     "mixed2": fourier(
         progressive="output_skip", progressive_input="residual", **DDPM, resamp_with_conv=False, activation="relu"
     ),
-    "untimed": labelled(timed=False),
+    "untimed": labelled(timed=False, progressive_input="none"),
     "ddpm_plain": ddpm(resamp_with_conv=False),
     "ddpm_untimed": ddpm(timed=False, sigma=None, center_input=False, **THREE),
     "ncsnv2_128": nn.ncsnv2(scale, size=128, channels=8, center_input=True),
