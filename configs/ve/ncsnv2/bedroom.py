@@ -4,6 +4,7 @@
     python -m experiments.train --config configs/ve/ncsnv2/bedroom.py --workdir RUN
 
 Published: no number in Tables 2 and 3 for this row.
+Network: 83,445,379 parameters.
 Training: 2,400,001 steps of 128 images; derived: 307.2 million images.
 The reference's file sets a misspelt "continuouse"; its network takes discrete scales alone, as here.
 """

@@ -4,6 +4,7 @@
     python -m experiments.train --config configs/ve/ncsnv2/cifar10.py --workdir RUN
 
 Published: no number in Tables 2 and 3 for this row.
+Network: 33,970,563 parameters.
 Training: 1,300,001 steps of 128 images; derived: 166.4 million images, 3,328 epochs.
 """
 
