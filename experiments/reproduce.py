@@ -167,7 +167,7 @@ def table(entries: list[dict]) -> str:
         published = entry["published"]["bits_per_dim"]
         left = f"{entry['row']:40s} {'-' if published is None else format(published, '.2f'):>9s}"
         lines.append(f"{left}  {_value(entry):>17s}  {_verdict(entry)}")
-        lines += [f"    needs {need}" for need in entry["needs"]]
+        lines += [f"    missing: {need}" for need in entry["needs"]]
         lines.append(f"    {entry['command']}")
     lines.append("Bits/dim; the published FIDs are in the configurations and in the JSON output.")
     return "\n".join(lines)
