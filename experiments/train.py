@@ -28,7 +28,7 @@ from jdiff import checkpoint, data, parallel, training
 INTERRUPTED = 130
 _IN_MEMORY_BYTES = 2**28
 # XLA:CPU's default schedule hoists work for concurrency: half as much memory again, no faster (docs/results.md).
-CPU_COMPILER_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+CPU_COMPILER_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 def train(config: ConfigDict, run: Run) -> int:
