@@ -1,5 +1,5 @@
-"""From foreign parameters to ours: pure functions of arrays, no files, no pickles."""
+"""From foreign parameters to ours: names and layouts of arrays, and one file format."""
 
-from jdiff.importers import score_sde
+from jdiff.importers import flax_msgpack, score_sde, score_sde_pytorch
 
-__all__ = ["score_sde"]
+__all__ = ["flax_msgpack", "score_sde", "score_sde_pytorch"]

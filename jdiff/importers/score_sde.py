@@ -35,6 +35,8 @@ def rename(reference: PyTree, module: UNet | NCSNv2, *, image_size: int = 32) ->
     flat = _flatten(reference)
     if "Conv_0/kernel" not in flat:
         raise ValueError(f"the leaf Conv_0/kernel is missing; leaves begin with {sorted(flat)[:3]}")
+    if len(shape := flat["Conv_0/kernel"].shape) != 4 or 0 in shape:
+        raise ValueError(f"the leaf Conv_0/kernel has shape {shape}, not that of a convolution")
     expected, theirs = _expected(module, image_size, flat["Conv_0/kernel"].shape[2]), _names(module, image_size)
 
     renamed, faults = {}, []
