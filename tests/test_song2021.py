@@ -1,0 +1,296 @@
+"""The protocol of Song et al. 2021 against the numbers of their code: given weights, images, noise.
+
+The files `data/song2021_*` hold what it computed in float32 on a CPU, with the small networks of `nn_reference`.
+"""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import nn_reference
+import numpy as np
+import pytest
+
+import jdiff
+from experiments import build, reproduce, song2021
+from jdiff import nn, training
+from jdiff.importers import score_sde
+from jdiff.transforms import DataTransform
+
+DATA = pathlib.Path(__file__).parent / "data"
+PROCESSES = {"vp": jdiff.VP(), "subvp": jdiff.SubVP(), "ve": jdiff.VE()}
+SHAPE = (4, 16, 16, 3)
+
+
+@functools.cache
+def golden(name):
+    with np.load(DATA / f"song2021_{name}.npz") as arrays:
+        return dict(arrays)
+
+
+@functools.cache
+def network(name):
+    """The small network of a process, of times: DDPM++ for VP and SubVP, NCSN++ for VE."""
+    if name != "ve":
+        return nn_reference.small_network()
+    sigma = lambda t: song2021.marginal(PROCESSES["ve"], t)[1]
+    changes = {"embedding": "fourier", "sigma": sigma, "center_input": True}
+    return nn_reference.small_network(lambda t: jnp.log(sigma(t)), nn.ncsnpp, **changes)
+
+
+@functools.cache
+def params(name, damp=1.0):
+    """Its weights; of the ODEs' the last convolution is damped."""
+    theirs = score_sde.restore_names(nn_reference.reference_params(network(name), 16), network(name), image_size=16)
+    for leaf in ("Conv_1/kernel", "Conv_1/bias"):
+        theirs[leaf] = damp * theirs[leaf]
+    return score_sde.rename(theirs, network(name), image_size=16)
+
+
+@functools.cache
+def score(name, scales=None):
+    """(x, t, params) -> score, one object for a process."""
+    field = lambda x, t, params: nn.as_field(network(name), params)(x, t)
+    return song2021.score_fn(PROCESSES[name], field, "score" if name == "ve" else "eps", scales=scales)
+
+
+@functools.cache
+def compiled(name, scales=None):
+    """(x, t) -> score of the undamped weights, compiled."""
+    fast = jax.jit(score(name, scales))
+    return lambda x, t: fast(x, t, params(name))
+
+
+def close(ours, theirs, tolerance):
+    """Equal up to a part of the largest entry."""
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
+
+
+def times(t):
+    return jnp.full(SHAPE[0], t, jnp.float32)
+
+
+# The processes.
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_processes_and_their_steps(name):
+    """In float32 as the reference has it, with x = 1 and the score -x: forward, and backward as the predictors do it."""
+    g, process = golden(f"closed_form_{name}"), PROCESSES[name]
+    t = jnp.asarray(g["t"])
+    x = jnp.ones((len(t), 1), jnp.float32)
+    # 1 - exp(.) has lost its digits at the smallest times, and how is the compiler's choice.
+    compare = lambda ours, theirs: np.testing.assert_allclose(
+        np.squeeze(ours), theirs, rtol=np.where(g["t"] < 1e-3, 2e-2, 1e-4), atol=1e-6
+    )
+    alpha, sigma = song2021.marginal(process, t)
+    compare(alpha, g["marginal_mean_of_ones"])
+    compare(sigma, g["marginal_std"])
+    for found, keys in (
+        (song2021.coefficients(process, t), ("sde_drift_of_ones", "sde_diffusion")),
+        (song2021.discretise(process, t, 1000), ("discretize_f_of_ones", "discretize_G")),
+    ):
+        for value, key in zip(found, keys):
+            compare(value, g[key])
+    for flow in (False, True):
+        reverse = lambda predictor: predictor(process, lambda x, t: -x, x, t, jnp.ones_like(x), 1000, flow)
+        pf = f"reverse_pf{int(flow)}"
+        for predictor, f, noise in (
+            (song2021.euler_maruyama, g[f"{pf}_drift"] / 1000, g[f"{pf}_diffusion"] / np.sqrt(1000)),
+            (song2021.reverse_diffusion, g[f"{pf}_disc_f"], g[f"{pf}_disc_G"]),
+        ):
+            new, mean = reverse(predictor)
+            compare(mean, 1 - f)
+            compare(new, 1 - f + noise)
+
+
+def test_tables():
+    g, process = golden("closed_form_vp"), PROCESSES["vp"]
+    np.testing.assert_allclose(song2021.betas(process, 1000), g["discrete_betas"], rtol=1e-5)
+    products = song2021.alphas_cumprod(process, 1000)
+    np.testing.assert_allclose(products, g["alphas_cumprod"], rtol=1e-4)
+    np.testing.assert_allclose(jnp.sqrt(1 - products), g["sqrt_1m_alphas_cumprod"], rtol=1e-3)
+    g, ascending = golden("closed_form_ve"), song2021.sigmas(PROCESSES["ve"], 1000)
+    np.testing.assert_allclose(ascending, g["discrete_sigmas"], rtol=1e-5)
+    np.testing.assert_allclose(ascending[::-1], g["model_sigmas_descending"], rtol=1e-5)
+
+
+def test_what_the_reference_does_not_have_is_refused():
+    t = jnp.ones(1, jnp.float32)
+    with pytest.raises(TypeError, match="the reference has VP, SubVP and VE, not Cosine"):
+        song2021.marginal(jdiff.Cosine(), t)
+    with pytest.raises(ValueError, match="more than beta_max = 20.0 scales, got 20"):
+        song2021.betas(jdiff.VP(), 20)
+    x = jnp.zeros((1, 2, 2, 1), jnp.float32)
+    for options in ({"predictor": "euler"}, {"corrector": "pc"}):
+        with pytest.raises(ValueError, match="is unknown; choose one of"):
+            song2021.pc_sampler(jdiff.VP(), lambda x, t: -x, x, (None, None), **options)
+    with pytest.raises(ValueError, match="probe = 'exact' is unknown; choose one of rademacher, gaussian"):
+        images = np.zeros(x.shape, np.uint8)
+        song2021.bits_per_dim(
+            jax.random.key(0), jdiff.VP(), lambda x, t: -x, images, transform=DataTransform(), probe="exact"
+        )
+
+
+# The score, the flow and its divergence.
+
+
+@pytest.mark.parametrize("name", ["vp", "ve"])
+def test_score_and_flow(name):
+    g = golden(f"score_{name}")
+    x = jnp.asarray(g["x"])
+    for i, t in enumerate(g["t"]):
+        close(compiled(name)(x, times(t)), g["score"][i], 1e-4)
+        close(song2021.drift(PROCESSES[name], score(name), x, times(t), params(name)), g["drift"][i], 1e-4)
+
+
+def test_score_of_discrete_times():
+    g = golden("score_vp")
+    for i, t in enumerate(g["t"]):
+        close(compiled("vp", 1000)(jnp.asarray(g["x"]), times(t)), g["score_continuous_False"][i], 1e-4)
+
+
+@pytest.mark.parametrize("name", ["vp", "ve"])
+def test_divergence(name):
+    g = golden(f"score_{name}")
+    x = jnp.asarray(g["x"])
+    of = lambda x, t, eps: song2021.divergence(PROCESSES[name], score(name), x, times(t), eps, params(name))
+    for i, t in enumerate(g["t"]):
+        for probe in ("rademacher", "gaussian"):
+            ours = of(x, t, jnp.asarray(g[f"eps_{probe}"]))
+            np.testing.assert_allclose(
+                ours, g[f"div_{probe}"][i], rtol=1e-3, atol=1e-4 * np.abs(g["drift"][i]).sum() / 4
+            )
+    # The exact trace: the probes that are unit vectors, four a call.
+    basis = np.eye(768, dtype=np.float32).reshape(-1, *SHAPE)
+    same = jnp.broadcast_to(x[:1], SHAPE)
+    t, exact = g["div_exact_t"][1], g["div_exact_image0"][1]
+    assert sum(of(same, t, jnp.asarray(eps)).sum() for eps in basis) == pytest.approx(exact, rel=1e-3)
+
+
+# Objectives and the optimiser.
+
+
+@pytest.mark.parametrize("name", ["vp", "ve"])
+def test_losses(name):
+    g = golden(f"loss_{name}")
+    given = [jnp.asarray(g[k]) for k in ("x", "t", "z")]
+    for mean in (0, 1):
+        for weighting in (0, 1):
+            ours = song2021.denoising_loss(
+                PROCESSES[name], compiled(name), *given, likelihood_weighting=bool(weighting), reduce_mean=bool(mean)
+            )
+            np.testing.assert_allclose(ours, g[f"losses_per_example_rm{mean}_lw{weighting}"], rtol=1e-4)
+            np.testing.assert_allclose(ours.mean(), g[f"loss_rm{mean}_lw{weighting}"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vp", "ve"])
+def test_step_of_the_optimiser(name):
+    """Of the rows' own optimiser and average: the gradient, the change of the weights and of their average."""
+    g = golden(f"loss_{name}")
+    config = reproduce.config({"vp": "vp/cifar10_ddpmpp_continuous", "ve": "ve/cifar10_ncsnpp_continuous"}[name])
+    assert (config.loss.reduce_mean, config.training.ema_decay) == (bool(g["reduce_mean_used"]), float(g["ema_rate"]))
+    x, t, z = (jnp.asarray(g[k]) for k in ("x", "t", "z"))
+
+    def loss_fn(params, keys, batch):
+        of = lambda x, t: score(name)(x, t, params)
+        return song2021.denoising_loss(PROCESSES[name], of, x, t, z, reduce_mean=config.loss.reduce_mean), {}
+
+    tx = build.optimiser(config)
+    state = training.init_state(params(name), tx)
+    # Theirs counts the steps of the warm-up apart from Adam's: 100 of them, none of Adam's.
+    *others, schedule = state.opt_state
+    state = state._replace(opt_state=(*others, schedule._replace(count=jnp.int32(100))))
+    step = training.make_train_step(
+        loss_fn, tx, ema_decay=config.training.ema_decay, ema_warmup=config.training.ema_warmup
+    )
+    new, metrics = nn_reference.quick_jit(step)(state, jax.random.key(0), {"index": jnp.arange(4)})
+    assert float(metrics["loss"]) == pytest.approx(float(g["step_loss"]), rel=1e-4)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(g["grad_global_norm"]), rel=1e-3)
+    # Adam's first moment is a tenth of the clipped gradient.
+    adam = next(part for part in new.opt_state if hasattr(part, "mu"))
+    clip = 0.1 / max(1.0, float(g["grad_global_norm"]))
+    np.testing.assert_allclose(norms(adam.mu, name) / clip, g["grad_norm_per_leaf"], rtol=1e-3, atol=1e-5)
+    change = lambda new: norms(jax.tree.map(lambda a, b: np.float64(a) - np.float64(b), new, params(name)), name)
+    # Where the gradient is zero but for rounding, the first step of Adam has any sign.
+    sure = g["grad_norm_per_leaf"] > 1e-6
+    assert sure.sum() >= len(sure) - 3
+    np.testing.assert_allclose(change(new.params)[sure], g["param_delta_norm_per_leaf"][sure], rtol=1e-3)
+    # The average moves by few units in its last place: what is compared includes how it is rounded.
+    np.testing.assert_allclose(change(new.ema)[sure], g["ema_delta_norm_per_leaf"][sure], rtol=0.05, atol=1e-9)
+    assert np.linalg.norm(change(new.ema)) == pytest.approx(np.linalg.norm(g["ema_delta_norm_per_leaf"]), rel=1e-2)
+
+
+def norms(tree, name):
+    """The norm of each leaf, in the order of their names."""
+    theirs = score_sde.restore_names(tree, network(name), image_size=16)
+    return np.asarray([np.linalg.norm(np.float64(theirs[path]).ravel()) for path in sorted(theirs)])
+
+
+# Samplers.
+
+
+@pytest.mark.parametrize("name", ["vp", "subvp"])
+def test_predictor_steps(name):
+    g = golden(f"steps_{name}")
+    x, t, noise = (jnp.asarray(g[k]) for k in ("x", "t", "noise_predictor"))
+    for flow in (False, True):
+        for predictor in ("euler_maruyama", "reverse_diffusion", "ancestral_sampling"):
+            if predictor == "ancestral_sampling" and (flow or name == "subvp"):
+                with pytest.raises(ValueError, match="ancestral_sampling is of the reverse SDEs of VP and VE"):
+                    song2021.PREDICTORS[predictor](PROCESSES[name], compiled(name), x, t, noise, 1000, flow)
+                continue
+            ours = song2021.PREDICTORS[predictor](PROCESSES[name], compiled(name), x, t, noise, 1000, flow)
+            for value, kind in zip(ours, ("x", "x_mean")):
+                close(value, g[f"{predictor}_pf{int(flow)}_{kind}"], 1e-5)
+
+
+@pytest.mark.parametrize("corrector", ["langevin", "ald"])
+def test_corrector_steps(corrector):
+    g = golden("steps_vp")
+    x, t, noise = (jnp.asarray(g[k]) for k in ("x", "t", "noise_corrector"))
+    step = song2021.CORRECTORS[corrector]
+    ours = step(PROCESSES["vp"], compiled("vp"), x, t, noise[None], 1000, float(g["snr"]))
+    for value, kind in zip(ours, ("x", "x_mean")):
+        close(value, g[f"{corrector}_{kind}"], 1e-5)
+    with pytest.raises(ValueError, match="SubVP has no corrector in the reference"):
+        step(PROCESSES["subvp"], compiled("subvp"), x, t, noise[None], 1000, 0.16)
+
+
+def test_predictor_corrector_loop():
+    g = golden("pc_vp")
+    x, noise = jnp.asarray(g["x_T"]), (jnp.asarray(g["noise_predictor"]), None)
+    options = {"scales": int(g["N"]), "t_min": float(g["eps"])}
+    for denoise in (True, False):
+        ours = song2021.pc_sampler(PROCESSES["vp"], compiled("vp"), x, noise, denoise=denoise, **options)
+        close((ours + 1) / 2, g[f"samples_denoise{int(denoise)}"], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["vp", "subvp"])
+def test_ode_sampler(name):
+    g = golden(f"ode_sampler_{name}")
+    weights = params(name, float(g["ode_damp"]))
+    for denoise in range(2 if name == "vp" else 1):
+        ours, evaluations = song2021.ode_sampler(
+            PROCESSES[name], score(name), jnp.asarray(g["z"]), weights, t_min=float(g["eps"]), denoise=bool(denoise)
+        )
+        close((ours + 1) / 2, g[f"samples_denoise{denoise}"], 1e-3)
+        assert evaluations == pytest.approx(int(g["nfe"]), rel=0.1)
+
+
+# Likelihoods.
+
+
+@pytest.mark.parametrize("name", [pytest.param("subvp", marks=pytest.mark.slow), "ve"])
+def test_likelihood(name):
+    g = golden(f"likelihood_{name}")
+    weights = params(name, float(g["ode_damp"]))
+    x, eps = jnp.asarray(g["x"]), jnp.asarray(g["eps_rad"])
+    found = song2021.log_likelihood(PROCESSES[name], score(name), x, eps, weights)
+    transform = DataTransform(256, centered=name != "ve")
+    np.testing.assert_allclose(song2021.level_bits(found, transform), g["bpd_rad"], atol=1e-3)
+    np.testing.assert_allclose(found.prior_logp, g["prior_logp_rad"], atol=0.5)
+    np.testing.assert_allclose(found.delta_logp, g["delta_logp_rad"], atol=0.5)
+    close(found.latent, g["z_rad"], 1e-3)
+    assert found.evaluations == pytest.approx(int(g["nfe_rad"]), rel=0.1)
