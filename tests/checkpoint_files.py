@@ -15,10 +15,10 @@ def _pack_array(array, code=1):
     return msgpack.ExtType(code, msgpack.packb((array.shape, array.dtype.name, array.tobytes()), use_bin_type=True))
 
 
-def _pack(value, chunk):
+def pack(value, chunk=2**30):
     """What flax 0.3.1 makes of a tree: extension 1 for arrays, 3 for scalars, pieces of what is above `chunk` bytes."""
     if isinstance(value, dict):
-        return {key: _pack(part, chunk) for key, part in value.items()}
+        return {key: pack(part, chunk) for key, part in value.items()}
     if isinstance(value, np.generic):
         return _pack_array(np.asarray(value), 3)
     if isinstance(value, complex):
@@ -75,7 +75,7 @@ def write_flax(file, reference, *, chunk=2**30, **options):
         out.write(packer.pack_map_header(len(tree)))
         for key, value in tree.items():  # one at a time: a full-size state is 1 GB
             out.write(packer.pack(key))
-            out.write(packer.pack(_pack(value, chunk)))
+            out.write(packer.pack(pack(value, chunk)))
 
 
 def port_modules(kind, height, *, levels, blocks, attention, progressive="none", progressive_input="none"):
@@ -92,7 +92,7 @@ def port_modules(kind, height, *, levels, blocks, attention, progressive="none",
             order += [block] + [f"AttnBlock{suffix}"] * (heights[level] in attention)
         if level < levels - 1:
             order += [block if kind == "biggan" else "Downsample"]
-            order += {"none": [], "input_skip": ["Downsample", "Combine"], "residual": ["Downsample"]}[progressive_input]
+            order += ["Downsample"] * (progressive_input != "none") + ["Combine"] * (progressive_input == "input_skip")
     order += [block, f"AttnBlock{suffix}", block]
     for level in reversed(range(levels)):
         order += [block] * (blocks + 1) + [f"AttnBlock{suffix}"] * (heights[level] in attention)
@@ -118,7 +118,8 @@ def port_tensors(reference, modules, *, prefix="module."):
         elif leaf == "kernel":
             leaf, array = "weight", array.T
         leaf = "weight" if leaf == "scale" else leaf
-        tensors[".".join([f"{prefix}all_modules", str(modules.index(parent)), *inner, leaf])] = np.ascontiguousarray(array)
+        name = ".".join([f"{prefix}all_modules", str(modules.index(parent)), *inner, leaf])
+        tensors[name] = array
     return tensors
 
 
