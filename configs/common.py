@@ -88,7 +88,7 @@ def defaults() -> ConfigDict:
     c.sampling.eta = 1.0  # stochasticity of ddim and of the reverse SDE
     c.sampling.snr = 0.16  # of the Langevin corrector
     c.sampling.corrector_steps = 1
-    # Of protocol "song2021": euler_maruyama, reverse_diffusion, ancestral_sampling; none, langevin, ald.
+    # Of protocol "song2021": euler_maruyama, reverse_diffusion, ancestral_sampling, none or ode; none, langevin or ald.
     c.sampling.predictor = "euler_maruyama"
     c.sampling.corrector = "none"
     return c

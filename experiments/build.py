@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import jdiff
+from experiments import song2021
 from jdiff import guidance, losses, nn, predictions, processes, solvers, times, training
 from jdiff.levels import level_field
 from jdiff.transforms import DataTransform, random_flip
@@ -56,6 +57,9 @@ GRIDS = {
     "karras": times.karras,
     "uniform_log_snr": times.uniform_log_snr,
 }
+# At discrete times, of a process and a kind of field each.
+OBJECTIVES = {"ddpm": song2021.ddpm_loss, "smld": song2021.smld_loss}
+_DISCRETE = {"ddpm": ("VP", "eps"), "smld": ("VE", "score")}
 PRECONDITIONS = ("none", "scalar", "pixel", "levels")
 
 
@@ -279,25 +283,33 @@ def _known_options(function, group, path, given):
 def loss(config: ConfigDict, module, statistics: dict, data_transform: DataTransform, *, train: bool = True):
     """Return loss_fn(params, keys, batch) -> (per-example loss, metrics) for `jdiff.training.make_train_step`.
 
-    Stratified times are spread over the global batch, config.training.batch_size, whatever the mapping.
+    Stratified times are spread over the global batch, config.training.batch_size, whatever the mapping. loss.name
+    "ddpm" and "smld" draw one of loss.scales discrete times for each example instead (see `song2021`); loss.reduce_mean
+    = False gives half the sum over the image, not the mean.
     """
     forward_process = process(config)
     weight, draw = weighting(config), training_times(config)
-    total = config.training.batch_size
+    total, scales, reduce_mean = config.training.batch_size, config.loss.scales, config.loss.reduce_mean
 
     def loss_fn(params, keys, batch):
         x0 = model_space(config, data_transform, keys, batch["image"])
-        t, importance = draw(batch["key"], forward_process, batch["index"], total)
         cond = None
         if config.network.conditional:
             dropped = jax.vmap(lambda k: jax.random.bernoulli(k, config.loss.label_dropout))(_fold(keys, 3))
             cond = jnp.where(dropped & train, module.num_classes, batch["label"])
         rngs = {"dropout": _fold(keys, 4)} if train and getattr(module, "dropout", 0) else None
         trained = field(config, module, params, statistics, cond=cond, train=train, rngs=rngs)
+        if config.loss.name in OBJECTIVES:
+            labels = jax.vmap(lambda k: jax.random.randint(k, (), 0, scales))(_fold(keys, 5))
+            eps = jax.vmap(lambda k: jax.random.normal(k, x0.shape[1:], x0.dtype))(_fold(keys, 2))
+            objective = functools.partial(OBJECTIVES[config.loss.name], scales=scales, reduce_mean=reduce_mean)
+            return objective(forward_process, trained, x0, labels, eps), {}
+        t, importance = draw(batch["key"], forward_process, batch["index"], total)
         error = losses.denoising(
             _fold(keys, 2), trained, forward_process, x0, t, predict=config.network.predict, weight=weight
         )
-        return error * importance.astype(error.dtype), {}
+        share = 1.0 if reduce_mean else 0.5 * math.prod(x0.shape[1:])
+        return share * error * importance.astype(error.dtype), {}
 
     return loss_fn
 
@@ -372,6 +384,8 @@ def check(config: ConfigDict) -> None:
         raise ValueError('network.precondition = "levels" describes dequantised data: it needs data.dequantise')
     weighting(config)
     training_times(config)
+    _check_objective(config)
+    _check_protocol(config)
     pick(("jit", "shard_map", "pmap"), config.training.mapping, "training.mapping")
     pick(("rademacher", "gaussian", "exact"), config.likelihood.divergence, "likelihood.divergence")
     pick(("t", "log_snr"), config.likelihood.variable, "likelihood.variable")
@@ -386,6 +400,37 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"training.ema_decay must be in [0, 1), got {config.training.ema_decay}")
     if not config.data.name:
         raise ValueError("data.name is empty: name a TFDS dataset, such as digits, mnist or cifar10")
+
+
+def _check_objective(config):
+    name, forward_process = config.loss.name, process(config)
+    pick(("denoising", *OBJECTIVES), name, "loss.name")
+    if config.loss.scales < 2:
+        raise ValueError(f"loss.scales must be 2 or more, got {config.loss.scales}")
+    if name == "denoising":
+        return
+    wanted = dict(zip(("process.name", "network.predict"), _DISCRETE[name]))
+    wanted |= {"loss.weight.name": "sigma2", "loss.times.name": "uniform"}
+    for path, value in wanted.items():
+        found = functools.reduce(lambda group, key: group[key], path.split("."), config)
+        if found != value:
+            raise ValueError(f"loss.name = {name!r} needs {path} = {value!r}, got {found!r}")
+    if forward_process.t_max != 1:
+        raise ValueError(f"loss.name = {name!r} needs t_max = 1, got {forward_process.t_max}")
+    if name == "ddpm":
+        song2021.betas(forward_process, config.loss.scales)
+
+
+def _check_protocol(config):
+    c, forward_process = config.sampling, process(config)
+    pick(("jdiff", "song2021"), config.protocol, "protocol")
+    pick((*song2021.PREDICTORS, "ode"), c.predictor, "sampling.predictor")
+    pick(song2021.CORRECTORS, c.corrector, "sampling.corrector")
+    if config.protocol == "jdiff":
+        return
+    song2021.check(forward_process, c.steps, predictor=c.predictor, corrector=c.corrector)
+    if c.corrector_steps < 1:
+        raise ValueError(f"sampling.corrector_steps must be positive, got {c.corrector_steps}")
 
 
 def _fold(keys, n):

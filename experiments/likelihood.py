@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import jdiff
-from experiments import build, cli, errors, model, pictures
+from experiments import build, cli, errors, model, pictures, song2021
 from experiments.artefacts import Run, read_json, read_jsonl
 from experiments.errors import summarise
 from experiments.records import Pair, Records
@@ -390,6 +390,11 @@ def _song2021(config, rtol, atol):
     for name, value in theirs.items():
         if c[name] != value:
             raise ValueError(f"protocol song2021 has likelihood.{name} = {value!r}, got {c[name]!r}")
+    if config.loss.name == "smld":
+        raise ValueError(
+            'protocol song2021 has no likelihood of loss.name = "smld": it is of networks of continuous times, and '
+            "this one sees numbers of scales"
+        )
     # The hardware's default precision and the images that share a batch were part of their numbers.
     settings = {k: theirs[k] for k in ("importance_samples", "divergence", "probes", "variable")}
     settings |= {"matmul_precision": "default", "batch_size": c.batch_size, "images": c.images}
@@ -398,13 +403,13 @@ def _song2021(config, rtol, atol):
 
 
 def _song2021_evaluator(config, described, shape):
-    from experiments import song2021
-
     forward_process = build.process(config)
 
-    def evaluate(params, statistics, batch, rtol, atol):
+    def score(x, t, params, statistics):
         field = build.field(config, described.module, params, statistics)
-        score = jdiff.reparameterise(forward_process, field, config.network.predict, "score")
+        return song2021.score_fn(forward_process, field, config.network.predict)(x, t)
+
+    def evaluate(params, statistics, batch, rtol, atol):
         key = _keys(config.seed, batch["draw"][:1], batch["index"][:1], 0)[0]
         with jax.default_matmul_precision("default"):
             found = song2021.bits_per_dim(
@@ -412,6 +417,8 @@ def _song2021_evaluator(config, described, shape):
                 forward_process,
                 score,
                 batch["image"],
+                params,
+                statistics,
                 transform=described.transform,
                 probe="rademacher",
                 rtol=rtol,

@@ -1,8 +1,10 @@
 """Draw samples.
 
     python -m experiments.sample --workdir runs/digits [--solver heun] [--steps 32] [--number 64] [--seed 0] [--class 3]
+    python -m experiments.sample --workdir runs/digits --set protocol=song2021 --set sampling.predictor=ode
 
-Writes samples_<solver>.png and .npz, and trajectory_<solver>.png: the first samples on their way from noise.
+Writes samples_<solver>.png and .npz, and trajectory_<solver>.png: the first samples on their way from noise. With
+protocol "song2021" <solver> is song2021_<predictor>_<corrector>, and there is no trajectory.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import build, cli, model, pictures
+from experiments import build, cli, model, pictures, song2021
 from experiments.artefacts import Run
 from jdiff import data
 from jdiff import sample as draw_samples
+from jdiff.processes import prior_sample
 
 _STRIP_SAMPLES, _STRIP_TIMES = 8, 10
 
@@ -28,7 +31,8 @@ _STRIP_SAMPLES, _STRIP_TIMES = 8, 10
 def sample(config: ConfigDict, run: Run) -> np.ndarray:
     """Draw config.sampling.number images as integer levels, (number, H, W, C), and write them into the run folder.
 
-    Image i depends on (parameters, seed, i) alone, not on the number or the batch size.
+    Image i depends on (parameters, seed, i) alone, not on the number or the batch size, but with protocol "song2021",
+    whose norms are those of a batch.
 
     Raises:
       FileNotFoundError: nothing has been trained here.
@@ -39,8 +43,45 @@ def sample(config: ConfigDict, run: Run) -> np.ndarray:
     trained = model.load(config, run, source)
     described = trained.model
     labels = _labels(config, described)
-    ts = build.grid(config)
     size = min(c.batch_size, c.number)
+    name = solver_name(config)
+    draw = (_song2021 if config.protocol == "song2021" else _draw)(config, described)
+
+    key = jax.random.key(c.seed)
+    images, strip = [], None
+    for first in tqdm(range(0, c.number, size), desc=f"sample {name}", unit="batch", disable=not sys.stderr.isatty()):
+        index = jnp.arange(first, first + size)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+        x, path, times = draw(trained.params, trained.statistics, keys, None if labels is None else labels(index))
+        if not bool(jnp.isfinite(x).all()):
+            raise FloatingPointError(f"{name} gave samples that are not finite; use more sampling.steps")
+        if config.protocol == "song2021":
+            images.append(song2021.levels(x, described.transform))
+            continue
+        images.append(np.asarray(described.transform.inverse(x)))
+        strip = _strip(config, described, path, times, x) if strip is None else strip
+    images = np.concatenate(images)[: c.number]
+    label = f"_class{c.label}" if c.label.isdecimal() else ""
+    levels = described.transform.levels
+    columns = described.classes if c.label == "cycle" else None
+    pictures.grid(run / f"samples_{name}{label}.png", images, levels, columns=columns)
+    if strip is not None:
+        pictures.grid(run / f"trajectory_{name}{label}.png", strip, levels, columns=_STRIP_TIMES + 1)
+    packed = io.BytesIO()
+    np.savez_compressed(packed, images=images, levels=levels, seed=c.seed, step=trained.step)
+    run.write(f"samples_{name}{label}.npz", packed.getvalue())
+    return images
+
+
+def solver_name(config: ConfigDict) -> str:
+    """Return what the files of `sample` are named after."""
+    c = config.sampling
+    return f"song2021_{c.predictor}_{c.corrector}" if config.protocol == "song2021" else c.solver
+
+
+def _draw(config, described):
+    """Return (params, statistics, keys, cond) -> (samples, their states at a few times, these times)."""
+    c, ts = config.sampling, build.grid(config)
 
     @jax.jit
     def draw(params, statistics, keys, cond):
@@ -58,28 +99,49 @@ def sample(config: ConfigDict, run: Run) -> np.ndarray:
         strip = jnp.linspace(0, len(ts) - 1, _STRIP_TIMES).astype(int)
         return x, path[strip, :_STRIP_SAMPLES], ts[strip]
 
-    key = jax.random.key(c.seed)
-    images, strip = [], None
-    for first in tqdm(
-        range(0, c.number, size), desc=f"sample {c.solver}", unit="batch", disable=not sys.stderr.isatty()
-    ):
-        index = jnp.arange(first, first + size)
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
-        x, path, times = draw(trained.params, trained.statistics, keys, None if labels is None else labels(index))
-        if not bool(jnp.isfinite(x).all()):
-            raise FloatingPointError(f"{c.solver} gave samples that are not finite; use more sampling.steps")
-        images.append(np.asarray(described.transform.inverse(x)))
-        strip = _strip(config, described, path, times, x) if strip is None else strip
-    images = np.concatenate(images)[: c.number]
-    label = f"_class{c.label}" if c.label.isdecimal() else ""
-    levels = described.transform.levels
-    columns = described.classes if c.label == "cycle" else None
-    pictures.grid(run / f"samples_{c.solver}{label}.png", images, levels, columns=columns)
-    pictures.grid(run / f"trajectory_{c.solver}{label}.png", strip, levels, columns=_STRIP_TIMES + 1)
-    packed = io.BytesIO()
-    np.savez_compressed(packed, images=images, levels=levels, seed=c.seed, step=trained.step)
-    run.write(f"samples_{c.solver}{label}.npz", packed.getvalue())
-    return images
+    return draw
+
+
+def _song2021(config, described):
+    """Return (params, statistics, keys, cond) -> (samples by `song2021.pc_sampler` or `ode_sampler`, None, None).
+
+    Raises:
+      ValueError: the ODE sampler of a model of numbered scales.
+    """
+    c, forward_process = config.sampling, build.process(config)
+    t_min = c.t_min or forward_process.t_min
+    discrete = config.loss.scales if config.loss.name == "ddpm" and c.predictor != "ode" else None
+    if config.loss.name == "smld" and c.predictor == "ode":
+        raise ValueError('sampling.predictor = "ode" needs a model of continuous times, not loss.name = "smld"')
+
+    def score(x, t, params, statistics, cond):
+        field = build.guided(config, described.module, params, statistics, cond)
+        return song2021.score_fn(forward_process, field, config.network.predict, scales=discrete)(x, t)
+
+    start = lambda keys: prior_sample(keys, forward_process, (*keys.shape, *described.shape))
+
+    @jax.jit
+    def predictor_corrector(params, statistics, keys, cond):
+        return song2021.pc_sampler(
+            forward_process,
+            lambda x, t: score(x, t, params, statistics, cond),
+            start(keys),
+            jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys),
+            scales=c.steps,
+            predictor=c.predictor,
+            corrector=c.corrector,
+            snr=c.snr,
+            corrector_steps=c.corrector_steps,
+            t_min=t_min,
+            denoise=c.denoise,
+        )
+
+    def ode(params, statistics, keys, cond):
+        options = {"t_min": t_min, "denoise": c.denoise, "scales": c.steps}
+        return song2021.ode_sampler(forward_process, score, start(keys), params, statistics, cond, **options)[0]
+
+    draw = ode if c.predictor == "ode" else predictor_corrector
+    return lambda *args: (draw(*args), None, None)
 
 
 def _labels(config, described):
@@ -130,9 +192,8 @@ def main() -> None:
                 config.sampling[field] = flags.FLAGS[flag].value
         build.check(config)
         images = sample(config, folder)
-        print(
-            f"{len(images)} samples by {config.sampling.solver}: {folder / ('samples_' + config.sampling.solver)}.png"
-        )
+        name = solver_name(config)
+        print(f"{len(images)} samples by {name}: {folder / ('samples_' + name)}.png")
 
     cli.main(run, evaluation=True)
 

@@ -34,6 +34,7 @@ __all__ = [
     "alphas_cumprod",
     "betas",
     "bits_per_dim",
+    "check",
     "coefficients",
     "ddpm_loss",
     "denoising_loss",
@@ -344,6 +345,20 @@ def pc_sampler(
     ts = jnp.linspace(1.0, t_min, scales, dtype=x.dtype)
     (x, mean), _ = jax.lax.scan(step, (x, x), (jnp.arange(scales), ts, noise if given else None))
     return mean if denoise else x
+
+
+def check(process: jdiff.Process, scales: int, *, predictor: str, corrector: str) -> None:
+    """Raise ValueError for a sampler that the reference does not have; predictor "ode" is its black-box solver."""
+    if not isinstance(process, jdiff.VP | jdiff.SubVP | jdiff.VE) or process.t_max != 1:
+        raise ValueError(f"protocol song2021 has VP, SubVP and VE to t_max = 1, not {process}")
+    if isinstance(process, jdiff.SubVP) and corrector != "none":
+        raise ValueError(f'SubVP has no corrector in the reference, which breaks there: choose "none", not {corrector}')
+    if isinstance(process, jdiff.SubVP) and predictor == "ancestral_sampling":
+        raise ValueError("ancestral_sampling is of the reverse SDEs of VP and VE, not of SubVP")
+    if predictor == "ode" and corrector != "none":
+        raise ValueError(f'the ODE sampler has no corrector: choose "none", not {corrector}')
+    if isinstance(process, jdiff.VP) and (corrector != "none" or predictor not in ("euler_maruyama", "none")):
+        betas(process, scales)
 
 
 def levels(x: jax.Array, transform: DataTransform) -> np.ndarray:

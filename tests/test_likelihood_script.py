@@ -9,16 +9,14 @@ import pathlib
 import socket
 import subprocess
 import sys
-import types
 
 import jax
 import numpy as np
 import pytest
 
-import experiments
 import jdiff
 from configs import smoke
-from experiments import build, cli, errors, likelihood, model
+from experiments import build, cli, errors, likelihood, model, song2021
 from experiments.artefacts import Run, read_json, read_jsonl
 from experiments.records import Records
 from jdiff import bounds, checkpoint, data, dequantisation
@@ -450,15 +448,15 @@ def test_the_protocol_of_2021_goes_through_whole_batches(folder, monkeypatch):
     """Each pass in another order, remainders dropped, batches solved together; a resumed one computes whole batches."""
     run, calls = folder("old"), []
 
-    def bits_per_dim(key, process, score, images, *, transform, probe, rtol, atol):
+    def bits_per_dim(key, process, score, images, *weights, transform, probe, rtol, atol):
         calls.append((images, rtol, atol, jax.random.key_data(key).tolist()))
         assert probe == "rademacher" and transform.levels == 17 and isinstance(rtol, float)
         assert jax.config.jax_default_matmul_precision == "default"
         x = jax.numpy.zeros((2, 8, 8, 1))
-        assert score(x, jax.numpy.full((2,), 0.5)).shape == x.shape
+        assert score(x, jax.numpy.full((2,), 0.5), *weights).shape == x.shape
         return {"bits_per_dim": images.mean(axis=(1, 2, 3)) + rtol, "evaluations": 100 + len(calls)}
 
-    monkeypatch.setattr(experiments, "song2021", types.SimpleNamespace(bits_per_dim=bits_per_dim), raising=False)
+    monkeypatch.setattr(song2021, "bits_per_dim", bits_per_dim)
     config = _config(protocol="song2021", likelihood__draws=3, likelihood__batch_size=5)
     summary = likelihood.likelihood(config, run)
     images = data.load("digits", "test").read(np.arange(12))["image"].mean(axis=(1, 2, 3))
