@@ -12,10 +12,11 @@ import safetensors
 import safetensors.numpy
 
 _HEADER, _TENSORS, _AXES = 2**24, 20_000, 8
+_BYTES = {"F32": 4, "F64": 8}
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """Return (metadata, tensors) of a file; float32 only.
+    """Return (metadata, tensors) of a file, as float32; float64 is converted: the port's buffer of scales is.
 
     The file: 8 bytes, the header's length, little-endian; the header in JSON, {name: {"dtype", "shape",
     "data_offsets"}}; the bytes of all tensors, without gaps.
@@ -30,9 +31,11 @@ def read(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, np.ndarray]
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             for name, shape in shapes.items():
-                tensors[name] = file.get_tensor(name)
-                if tensors[name].shape != shape or tensors[name].dtype != np.float32:
-                    raise _fault(path, f"{name} {shape} reads as {tensors[name].dtype}{tensors[name].shape}")
+                tensor = file.get_tensor(name)
+                if tensor.shape != shape or tensor.dtype not in (np.float32, np.float64):
+                    raise _fault(path, f"{name} {shape} reads as {tensor.dtype}{tensor.shape}")
+                with np.errstate(over="ignore"):  # an infinity is found below
+                    tensors[name] = tensor.astype(np.float32, copy=False)
                 if not np.isfinite(tensors[name]).all():
                     raise _fault(path, f"{name} {shape} has values that are not finite")
     except safetensors.SafetensorError as error:
@@ -66,9 +69,9 @@ def _header(path):
             raise _fault(path, f"a header of {length} bytes in a file of {size}; at most {_HEADER} are read")
         text = file.read(length)
     try:
-        header = json.loads(text.decode(), object_pairs_hook=lambda pairs: _once(path, pairs))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise _fault(path, f"its header is no JSON: {error}") from error
+        header = json.loads(text.decode(), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise _fault(path, f"its header cannot be read: {error}") from error
     if not isinstance(header, dict) or not 0 < len(header) <= _TENSORS:
         raise _fault(path, f"its header must be an object of at most {_TENSORS} tensors")
     metadata = header.pop("__metadata__", {})
@@ -80,11 +83,13 @@ def _header(path):
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise _fault(path, f"{name!r} needs dtype, shape and data_offsets")
         shape, offsets = entry["shape"], entry["data_offsets"]
-        if entry["dtype"] != "F32":
-            raise _fault(path, f"{name!r} must be F32, got {entry['dtype']!r}")
+        if entry["dtype"] not in tuple(_BYTES):
+            raise _fault(path, f"{name!r} must be F32 or F64, got {entry['dtype']!r}")
         if not _naturals(shape) or len(shape) > _AXES or not _naturals(offsets) or len(offsets) != 2:
             raise _fault(path, f"{name!r} cannot have shape {shape} and offsets {offsets}")
-        if offsets[1] - offsets[0] != 4 * math.prod(shape):
+        if math.prod(max(n, 1) for n in shape) >= 2**60:  # NumPy refuses it even where an axis is 0
+            raise _fault(path, f"{name!r} cannot have shape {shape}")
+        if offsets[1] - offsets[0] != _BYTES[entry["dtype"]] * math.prod(shape):
             raise _fault(path, f"{name!r} of shape {shape} does not fill its offsets {offsets}")
         shapes[name] = tuple(shape)
         ends.append(offsets)
@@ -98,10 +103,10 @@ def _header(path):
     return metadata, shapes
 
 
-def _once(path, pairs):
+def _once(pairs):
     """Return a JSON object's pairs as a dictionary."""
     if len(values := dict(pairs)) != len(pairs):
-        raise _fault(path, f"a name is there twice among {[k for k, _ in pairs][:5]}")
+        raise ValueError(f"a name is there twice among {[name for name, _ in pairs][:5]}")
     return values
 
 

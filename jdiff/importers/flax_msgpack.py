@@ -208,7 +208,8 @@ class _Reader:
             self.fail(f"{size} bytes are announced, {self.left()} are left")
 
     def _shape(self, path, axes):
-        if len(axes) > _AXES or any(n < 0 for n in axes):
+        # NumPy refuses sizes above 2^63 bytes even where an axis is 0.
+        if len(axes) > _AXES or any(n < 0 for n in axes) or math.prod(max(n, 1) for n in axes) >= 2**60:
             self.fail(f"{path} cannot have shape {axes}")
         return tuple(axes)
 

@@ -49,11 +49,13 @@ def rename(reference: PyTree, module: UNet | NCSNv2, *, image_size: int = 32) ->
         if value.shape not in (like.shape, (1, 1, 1, *like.shape)):
             faults.append(f"{name} has shape {value.shape}, but {path} needs {like.shape}")
             continue
-        renamed[path] = jnp.asarray(value, like.dtype).reshape(like.shape)
+        renamed[path] = value
     faults += [f"left over {name} {flat[name].shape}" for name in sorted(flat)]
     if faults:
         raise ValueError("not the same network:\n" + "\n".join(faults))
-    return _nest(renamed)
+    return _nest(
+        {path: jnp.asarray(v, expected[path].dtype).reshape(expected[path].shape) for path, v in renamed.items()}
+    )
 
 
 def restore_names(params: PyTree, module: UNet | NCSNv2, *, image_size: int = 32) -> dict[str, PyTree]:
