@@ -13,6 +13,7 @@ import nn_reference
 import numpy as np
 import pytest
 
+from experiments import tensors
 from jdiff import nn
 from jdiff.importers import score_sde, score_sde_pytorch
 
@@ -27,12 +28,14 @@ def network(name):
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddpmpp", "ncsnpp", "ncsnpp_skip"])
-def test_pytorch_gives_the_same_outputs(name):
+def test_pytorch_gives_the_same_outputs(name, tmp_path):
     recorded, module = nn_reference.load("port"), network(name)
     shapes = {k: tuple(v) for k, v in json.loads(str(recorded[f"{name}/shapes"])).items()}
     filled = nn_reference.fill({k.replace(".", "/"): shape for k, shape in shapes.items()})
-    tensors = {k: filled[k.replace(".", "/")] for k in shapes} | {"module.sigmas": np.ones(10, np.float32)}
-    params = score_sde.rename(score_sde_pytorch.to_reference(tensors, module, image_size=16), module, image_size=16)
+    port = {k: filled[k.replace(".", "/")] for k in shapes} | {"module.sigmas": np.ones(10)}  # float64, as there
+    tensors.write(tmp_path / "port.safetensors", port, {"step": "7"})
+    _, port = tensors.read(tmp_path / "port.safetensors")
+    params = score_sde.rename(score_sde_pytorch.to_reference(port, module, image_size=16), module, image_size=16)
     x = jnp.asarray(recorded["x"].transpose(0, 2, 3, 1))
     ours = nn_reference.quick_jit(nn.as_field(module, params))(x, jnp.asarray(recorded["labels"]))
     expected = recorded[f"{name}/output"].transpose(0, 2, 3, 1)
