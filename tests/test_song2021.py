@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 import jdiff
-from experiments import build, reproduce, song2021
-from jdiff import nn, training
+from configs import smoke
+from experiments import build, likelihood, reproduce, sample, song2021, train
+from experiments.artefacts import Run
+from jdiff import data, nn, training
 from jdiff.importers import score_sde
 from jdiff.transforms import DataTransform
 
@@ -268,6 +270,64 @@ def test_predictor_corrector_loop():
         close((ours + 1) / 2, g[f"samples_denoise{int(denoise)}"], 1e-5)
 
 
+def test_predictor_corrector_loop_of_ve():
+    """Replayed in NumPy for a linear score: the corrector first, twice, with norms averaged over the batch."""
+    scales, snr, t_min = 7, 0.16, 1e-5
+    random = np.random.default_rng(0)
+    x0, for_predictor, for_corrector = (
+        random.standard_normal(shape).astype(np.float32)
+        for shape in ((3, 2, 2, 1), (scales, 3, 2, 2, 1), (scales, 2, 3, 2, 2, 1))
+    )
+    score = lambda x, t: -x / (1 + 40 * t.reshape(-1, 1, 1, 1))
+    sigma = np.exp(np.linspace(np.log(0.01), np.log(50.0), scales))
+    for predictor in ("reverse_diffusion", "ancestral_sampling"):
+        x = 50 * np.float64(x0)
+        for i, t in enumerate(np.linspace(1, t_min, scales, dtype=np.float32)):
+            of = lambda x, t=t: score(x, np.float64([t]))
+            for noise in np.float64(for_corrector[i]):
+                norm = lambda a: np.sqrt((a**2).sum((1, 2, 3))).mean()
+                size = 2 * (snr * norm(noise) / norm(of(x))) ** 2
+                x = x + size * of(x) + np.sqrt(2 * size) * noise
+            k = int(np.float32(t) * np.float32(scales - 1))
+            high, low = sigma[k] ** 2, sigma[k - 1] ** 2 if k else 0.0
+            mean = x + (high - low) * of(x)
+            variance = high - low if predictor == "reverse_diffusion" else low * (high - low) / high
+            x = mean + np.sqrt(variance) * for_predictor[i]
+        options = {"scales": scales, "predictor": predictor, "corrector": "langevin", "corrector_steps": 2}
+        noise = (jnp.asarray(for_predictor), jnp.asarray(for_corrector))
+        for denoise, expected in ((True, mean), (False, x)):
+            ours = song2021.pc_sampler(
+                jdiff.VE(), score, 50 * jnp.asarray(x0), noise, snr=snr, t_min=t_min, denoise=denoise, **options
+            )
+            close(ours, expected, 1e-4)
+
+
+def test_predictor_none_returns_what_the_corrector_made():
+    """As of NCSNv2: annealed Langevin alone, and no mean to return; steps of 2 (snr sigma)^2."""
+    scales, snr = 5, 0.2
+    noise = np.random.default_rng(0).standard_normal((scales, 1, 2, 3, 1)).astype(np.float32)
+    x = np.float64([[[2.0]], [[-1.0]]]) * np.ones((2, 3, 1))
+    start = jnp.asarray(x, jnp.float32)
+    for i, t in enumerate(np.linspace(1, 1e-5, scales)):
+        size = 2 * (snr * 0.01 * 5000**t) ** 2
+        x = x - size * x / 2500 + np.sqrt(2 * size) * noise[i, 0]
+    ours = song2021.pc_sampler(
+        jdiff.VE(), lambda x, t: -x / 2500, start, (None, jnp.asarray(noise)),
+        scales=scales, predictor="none", corrector="ald", snr=snr, t_min=1e-5,
+    )  # fmt: skip
+    close(ours, x, 1e-5)
+
+
+def test_noise_drawn_from_keys_is_standard_and_fresh():
+    """Of a score 0 and the process VE the end is the start plus independent noise of the sum of all variances."""
+    keys = jax.random.split(jax.random.key(0), 2000)
+    x = song2021.pc_sampler(
+        jdiff.VE(), lambda x, t: jnp.zeros_like(x), jnp.zeros((2000, 3)), keys,
+        scales=50, predictor="reverse_diffusion", denoise=False, t_min=1e-5,
+    )  # fmt: skip
+    np.testing.assert_allclose(np.cov(np.asarray(x).T), 2500 * np.eye(3), atol=250)
+
+
 @pytest.mark.parametrize("name", ["vp", "subvp"])
 def test_ode_sampler(name):
     g = golden(f"ode_sampler_{name}")
@@ -295,3 +355,171 @@ def test_likelihood(name):
     np.testing.assert_allclose(found.delta_logp, g["delta_logp_rad"], atol=0.5)
     close(found.latent, g["z_rad"], 1e-3)
     assert found.evaluations == pytest.approx(int(g["nfe_rad"]), rel=0.1)
+
+
+# The scripts.
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A network of two channels, trained for two steps."""
+    folder = tmp_path_factory.mktemp("song2021")
+    data.load("digits", "train", data_dir=folder / "tfds")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
+        run, c = Run(folder / "run"), smoke.get_config()
+        c.network.options = {"size": "small", "channels": 4, "multipliers": (1,), "blocks": 1, "groups": 2}
+        c.training.steps = c.training.log_every = c.training.validate_every = c.training.checkpoint_every = 2
+        c.likelihood.batch_size = c.likelihood.images = c.sampling.number = c.sampling.batch_size = 8
+        c.likelihood.tolerance_images = 0
+        c.protocol = "song2021"
+        assert train.train(c, run) == 0
+        yield c, run
+
+
+def test_likelihood_script(trained, monkeypatch):
+    config, run = trained
+    config.likelihood.draws = 2
+    score_fn, traced = song2021.score_fn, []
+    monkeypatch.setattr(song2021, "score_fn", lambda *args, **options: traced.append(1) or score_fn(*args, **options))
+    summary = likelihood.likelihood(config, run)
+    assert np.isfinite(summary["bits_per_dim"]) and summary["failed"] == 0
+    # Traced for drift and divergence, not for every batch and evaluation.
+    assert 1 <= len(traced) <= 2
+    config.loss.name = "smld"
+    with pytest.raises(ValueError, match="has no likelihood of"):
+        likelihood._song2021(config, 1e-5, 1e-5)
+    config.loss.name = "denoising"
+
+
+@pytest.mark.parametrize("predictor,corrector", [("ancestral_sampling", "langevin"), ("ode", "none")])
+def test_sample_script(trained, predictor, corrector):
+    config, run = trained
+    config.sampling.update({"predictor": predictor, "corrector": corrector, "steps": 21, "t_min": 1e-3})
+    build.check(config)
+    images = sample.sample(config, run)
+    assert images.shape == (8, 8, 8, 1) and images.dtype == np.uint8 and images.max() <= 16
+    assert len(np.unique(images)) > 5
+    assert (run / f"samples_song2021_{predictor}_{corrector}.png").exists()
+
+
+@pytest.mark.parametrize(
+    "process,predictor,corrector,message",
+    [
+        ("SubVP", "euler_maruyama", "langevin", "SubVP has no corrector in the reference"),
+        ("SubVP", "ancestral_sampling", "none", "ancestral_sampling is of the reverse SDEs"),
+        ("VE", "ode", "langevin", "the ODE sampler has no corrector"),
+        ("VP", "reverse_diffusion", "none", "needs more than beta_max"),
+        ("Cosine", "euler_maruyama", "none", "protocol song2021 has VP, SubVP and VE"),
+        ("VP", "euler", "none", "sampling.predictor = 'euler' is unknown"),
+        ("VP", "none", "pc", "sampling.corrector = 'pc' is unknown"),
+    ],
+)
+def test_check_of_the_protocol(process, predictor, corrector, message):
+    c = smoke.get_config()
+    c.protocol, c.process.name = "song2021", process
+    c.sampling.update({"predictor": predictor, "corrector": corrector, "steps": 20})
+    with pytest.raises(ValueError, match=message):
+        build.check(c)
+
+
+# What a configuration trains.
+
+
+def objective(row, **changes):
+    """The configuration of a row without dropout and flips, its loss changed."""
+    c = reproduce.config(row)
+    c.network.options.dropout = 0.0
+    c.data.flip = False
+    c.loss.update(changes)
+    build.check(c)
+    return c
+
+
+ROWS = {"denoising": "vp/cifar10_ddpmpp_continuous", "ddpm": "vp/ddpm/cifar10", "smld": "ve/cifar10_ncsnpp"}
+
+
+@pytest.mark.parametrize("reduce_mean", [True, False])
+@pytest.mark.parametrize("name", ROWS)
+def test_objective_of_a_configuration(name, reduce_mean, monkeypatch):
+    """Through build.loss: the objective by its formula in NumPy, at the times and with the noise that the field saw."""
+    c = objective(ROWS[name], reduce_mean=reduce_mean)
+    seen = {}
+
+    def field(x, t):
+        seen.update(x=np.float64(x), t=np.float64(t))
+        return 0.3 * x
+
+    monkeypatch.setattr(build, "field", lambda *args, **options: field)
+    transform = DataTransform(256, centered=c.data.centered)
+    images = np.random.default_rng(0).integers(0, 256, (64, 4, 4, 1), dtype=np.uint8)
+    loss_fn = build.loss(c, None, {}, transform)
+    keys = jax.random.split(jax.random.key(1), 64)
+    batch = {"image": jnp.asarray(images), "index": jnp.arange(64), "key": jax.random.key(2)}
+    found, _ = loss_fn(None, keys, batch)
+    x0, x, t = np.float64(transform.forward(images / 255.0)), seen["x"], seen["t"]
+    wide = lambda a: a.reshape(-1, 1, 1, 1)
+    if name == "smld":
+        label = np.round((1 - t) * 999)
+        np.testing.assert_allclose(t, 1 - label / 999, atol=1e-6)
+        sigma = np.exp(np.linspace(np.log(50), np.log(0.01), 1000))[label.astype(int)]
+        error = wide(sigma) * (0.3 * x + (x - x0) / wide(sigma) ** 2)
+        eps = (x - x0) / wide(sigma)
+    else:
+        if name == "ddpm":
+            np.testing.assert_allclose(999 * t, np.round(999 * t), atol=1e-3)
+            alpha2 = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))[np.round(999 * t).astype(int)]
+        else:
+            alpha2 = np.exp(-t * (0.1 + 0.5 * t * 19.9))
+        eps = (x - np.sqrt(wide(alpha2)) * x0) / np.sqrt(1 - wide(alpha2))
+        error = 0.3 * x - eps
+    # The noise is standard normal, the same however it is weighted, and the times spread over all of them.
+    assert eps.std() == pytest.approx(1, abs=0.1) and t.std() == pytest.approx(12**-0.5, abs=0.06)
+    expected = (error**2).mean((1, 2, 3)) if reduce_mean else 0.5 * (error**2).sum((1, 2, 3))
+    np.testing.assert_allclose(found, expected, rtol=2e-2)
+    # The smallest noise is a small difference of float32s; elsewhere the formula is met closely.
+    assert np.median(np.abs(found / expected - 1)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["ddpm", "smld"])
+def test_labels_are_all_of_the_scales(name):
+    """Also the first and the last: a table of three is drawn evenly, and the network's own label is the same number."""
+    c = objective(ROWS[name])
+    with c.unlocked():
+        c.loss.scales = 3
+        if name == "ddpm":
+            c.process.options = {"beta_min": 0.1, "beta_max": 2.0}
+    seen = []
+    of = lambda x, t: seen.append(t) or x
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "field", lambda *args, **options: of)
+        images = jnp.zeros((300, 1, 1, 1), jnp.uint8)
+        batch = {"image": images, "index": jnp.arange(300), "key": jax.random.key(2)}
+        build.loss(c, None, {}, DataTransform())(None, jax.random.split(jax.random.key(1), 300), batch)
+    values, counts = np.unique(seen[0], return_counts=True)
+    np.testing.assert_array_equal(values, [0, 0.5, 1])
+    assert counts.min() > 70
+    if name == "smld":
+        label, sigma = build.conditioning(c, "positional")
+        np.testing.assert_array_equal(label(jnp.asarray(values)), [2, 1, 0])
+        np.testing.assert_allclose(sigma(jnp.asarray(values)), song2021.sigmas(jdiff.VE(), 3), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name,group,changes,message",
+    [
+        ("ddpm", "process", {"name": "SubVP"}, "loss.name = 'ddpm' needs process.name = 'VP', got 'SubVP'"),
+        ("ddpm", "network", {"predict": "v"}, "needs network.predict = 'eps', got 'v'"),
+        ("smld", "network", {"predict": "eps"}, "needs network.predict = 'score', got 'eps'"),
+        ("smld", "loss", {"weight": {"name": "likelihood"}}, "needs loss.weight.name = 'sigma2', got 'likelihood'"),
+        ("smld", "loss", {"times": {"name": "stratified"}}, "needs loss.times.name = 'uniform', got 'stratified'"),
+        ("ddpm", "loss", {"scales": 20}, "needs more than beta_max"),
+        ("smld", "loss", {"scales": 1}, "loss.scales must be 2 or more, got 1"),
+        ("smld", "loss", {"name": "smdl"}, "loss.name = 'smdl' is unknown"),
+    ],
+)
+def test_check_of_the_objective(name, group, changes, message):
+    c = objective(ROWS[name])
+    c[group].update(changes)
+    with pytest.raises(ValueError, match=message):
+        build.check(c)
