@@ -87,10 +87,10 @@ def _header(path):
             raise _fault(path, f"{name!r} must be F32 or F64, got {entry['dtype']!r}")
         if not _naturals(shape) or len(shape) > _AXES or not _naturals(offsets) or len(offsets) != 2:
             raise _fault(path, f"{name!r} cannot have shape {shape} and offsets {offsets}")
-        if math.prod(max(n, 1) for n in shape) >= 2**60:  # NumPy refuses it even where an axis is 0
-            raise _fault(path, f"{name!r} cannot have shape {shape}")
         if offsets[1] - offsets[0] != _BYTES[entry["dtype"]] * math.prod(shape):
             raise _fault(path, f"{name!r} of shape {shape} does not fill its offsets {offsets}")
+        if math.prod(max(n, 1) for n in shape) >= 2**60:  # NumPy refuses it although an axis is 0
+            raise _fault(path, f"{name!r} cannot have shape {shape}")
         shapes[name] = tuple(shape)
         ends.append(offsets)
     end = 0

@@ -1,8 +1,8 @@
 """Checkpoints of the flax of 2021 (0.3.1, msgpack), read as a stream that takes nothing in the file on trust.
 
-The file is one map: `step`, `params_ema/<path>` and, among more, the Adam moments, which are three quarters of it and
-are passed over by their lengths. Nothing is executed, and nothing is allocated before its size was compared with the
-bytes that are left.
+The file is one map: `step`, `params_ema/<path>` and, among more, the parameters and their Adam moments, three quarters
+of it, which are passed over by their lengths. Nothing is executed, and nothing is allocated before its size was
+compared with the bytes that are left.
 """
 
 import math
@@ -208,8 +208,9 @@ class _Reader:
             self.fail(f"{size} bytes are announced, {self.left()} are left")
 
     def _shape(self, path, axes):
-        # NumPy refuses sizes above 2^63 bytes even where an axis is 0.
-        if len(axes) > _AXES or any(n < 0 for n in axes) or math.prod(max(n, 1) for n in axes) >= 2**60:
+        # NumPy refuses large axes although there is nothing in the array, because another axis is 0.
+        hollow = 0 in axes and math.prod(max(n, 1) for n in axes) >= 2**60
+        if len(axes) > _AXES or any(n < 0 for n in axes) or hollow:
             self.fail(f"{path} cannot have shape {axes}")
         return tuple(axes)
 
