@@ -45,18 +45,20 @@ def nest(flat):
     return tree
 
 
-def state(reference, *, step=1_300_000, wide_norms=True, moments=True):
+def state(reference, *, step=1_300_000, wide_norms=True, moments=""):
     """Return a State as the reference's code held it: {path: array} of the EMA, parameters and Adam moments beside it.
 
     wide_norms: GroupNorm vectors as (1, 1, 1, c), like flax 0.3.1; else (c,).
+    moments: what is beside the EMA is of the paths that begin so.
     """
     shaped = {k: v.reshape(1, 1, 1, -1) if wide_norms and "GroupNorm" in k else v for k, v in reference.items()}
-    adam = {k: {"grad_ema": np.zeros_like(v), "grad_sq_ema": np.zeros_like(v)} for k, v in shaped.items() if moments}
+    beside = {k: v - np.float32(1) for k, v in shaped.items() if k.startswith(moments)}
+    adam = {k: {"grad_ema": np.zeros_like(v), "grad_sq_ema": np.zeros_like(v)} for k, v in beside.items()}
     step = np.asarray(step, np.int32)
     return {
         "step": step,
         "optimizer": {
-            "target": nest({k: v - np.float32(1) for k, v in shaped.items()} if moments else {}),
+            "target": nest(beside),
             "state": {"step": step, "param_states": nest(adam)},
         },
         "lr": np.float32(2e-4),
