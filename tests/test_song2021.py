@@ -319,13 +319,15 @@ def test_predictor_none_returns_what_the_corrector_made():
 
 
 def test_noise_drawn_from_keys_is_standard_and_fresh():
-    """Of a score 0 and the process VE the end is the start plus independent noise of the sum of all variances."""
+    """Of VE and a score 0 the end is the start plus independent noise, of the sum of all variances."""
     keys = jax.random.split(jax.random.key(0), 2000)
     x = song2021.pc_sampler(
-        jdiff.VE(), lambda x, t: jnp.zeros_like(x), jnp.zeros((2000, 3)), keys,
-        scales=50, predictor="reverse_diffusion", denoise=False, t_min=1e-5,
+        jdiff.VE(), lambda x, t: jnp.zeros_like(x), jnp.zeros((2000, 3)), keys, scales=50, t_min=1e-5, snr=0.3,
+        predictor="reverse_diffusion", corrector="ald", corrector_steps=2, denoise=False,
     )  # fmt: skip
-    np.testing.assert_allclose(np.cov(np.asarray(x).T), 2500 * np.eye(3), atol=250)
+    sigma = 0.01 * 5000 ** np.linspace(1, 1e-5, 50)
+    variance = 2500 + 2 * (4 * (0.3 * sigma) ** 2).sum()
+    np.testing.assert_allclose(np.cov(np.asarray(x).T), variance * np.eye(3), atol=0.1 * variance)
 
 
 @pytest.mark.parametrize("name", ["vp", "subvp"])
@@ -355,6 +357,25 @@ def test_likelihood(name):
     np.testing.assert_allclose(found.delta_logp, g["delta_logp_rad"], atol=0.5)
     close(found.latent, g["z_rad"], 1e-3)
     assert found.evaluations == pytest.approx(int(g["nfe_rad"]), rel=0.1)
+
+
+@pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
+def test_bits_per_dim_of_a_normal_distribution(probe):
+    """Of its exact score, at the images as they are dequantised; Rademacher probes of a linear flow are exact."""
+    process, transform, key = jdiff.VP(), DataTransform(17), jax.random.key(3)
+    images = np.random.default_rng(0).integers(0, 17, (5, 4, 4, 1), dtype=np.uint8)
+
+    def field(x, t, variance):  # eps
+        alpha, sigma = song2021.marginal(process, t.reshape(-1, 1, 1, 1))
+        return sigma * x / (alpha**2 * variance + sigma**2)
+
+    score = song2021.score_fn(process, field)
+    found = song2021.bits_per_dim(key, process, score, images, jnp.float32(0.25), transform=transform, probe=probe)
+    x = np.float64(transform.forward(transform.dequantise(jax.random.split(key)[0], jnp.asarray(images))))
+    nats = (0.5 * x**2 / 0.25 + 0.5 * np.log(2 * np.pi * 0.25)).mean((1, 2, 3))
+    expected = nats / np.log(2) + np.log2(17 / 2)
+    np.testing.assert_allclose(found["bits_per_dim"], expected, atol=2e-3 if probe == "rademacher" else 2)
+    assert (np.abs(found["bits_per_dim"] - expected).max() > 0.01) == (probe == "gaussian")
 
 
 # The scripts.
