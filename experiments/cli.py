@@ -29,6 +29,7 @@ def main(run: Callable[[ConfigDict, Run], int | None], *, evaluation: bool = Fal
     flags.DEFINE_string("config", None, "configuration file, such as configs/digits.py")
     flags.DEFINE_string("workdir", None, "run folder", required=True)
     flags.DEFINE_enum("mode", "full", ["full", "smoke"], "the real thing, or the same in seconds")
+    flags.DEFINE_enum("protocol", None, ["jdiff", "song2021"], "how to sample and evaluate: --set protocol=...")
     flags.DEFINE_multi_string("set", [], "override a field: --set training.steps=100 (repeatable)")
 
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS tell much that is of no concern here
@@ -47,6 +48,7 @@ def main(run: Callable[[ConfigDict, Run], int | None], *, evaluation: bool = Fal
                 raise ValueError("--config is missing: for example --config configs/digits.py")
             for text in values.set:
                 override(config, text)
+            config.protocol = values.protocol or config.protocol
             build.check(config)
             return run(config, folder)
         except (ValueError, TypeError, OSError, ImportError) as error:

@@ -610,14 +610,12 @@ def main() -> None:
     flags.DEFINE_string("shard", None, "k/n: evaluate the k-th of n parts only (k from 0)")
     flags.DEFINE_bool("merge", False, "evaluate nothing: merge the records of all shards")
     flags.DEFINE_float("error", None, "choose the tolerance for this mean error in bits/dim")
-    flags.DEFINE_enum("protocol", None, ["jdiff", "song2021"], "instead of the configuration's protocol")
     flags.DEFINE_bool("bounds", False, "the bounds of likelihood.bounds too, in one table")
     flags.DEFINE_string("against", None, "another evaluated run folder: print the paired difference")
 
     def run(config, folder):
         f = flags.FLAGS
         split = f.split or config.data.test
-        config.protocol = f.protocol or config.protocol
         shard = _shard(f.shard) if f.shard else None
         summary = likelihood(
             config, folder, split=split, step=f.step, shard=shard, merge=f.merge, error=f.error, bound=f.bounds

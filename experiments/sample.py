@@ -1,7 +1,7 @@
 """Draw samples.
 
     python -m experiments.sample --workdir runs/digits [--solver heun] [--steps 32] [--number 64] [--seed 0] [--class 3]
-    python -m experiments.sample --workdir runs/digits --set protocol=song2021 --set sampling.predictor=ode
+    python -m experiments.sample --workdir runs/digits --protocol song2021 --set sampling.predictor=ode
 
 Writes samples_<solver>.png and .npz, and trajectory_<solver>.png: the first samples on their way from noise. With
 protocol "song2021" <solver> is song2021_<predictor>_<corrector>, and there is no trajectory.
