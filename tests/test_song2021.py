@@ -544,3 +544,10 @@ def test_check_of_the_objective(name, group, changes, message):
     c[group].update(changes)
     with pytest.raises(ValueError, match=message):
         build.check(c)
+
+
+@pytest.mark.parametrize("row", sorted(reproduce.rows()))
+def test_every_row_passes_the_check_of_the_protocol(row):
+    c = reproduce.config(row)
+    c.protocol = "song2021"
+    build.check(c)
