@@ -1,8 +1,8 @@
 """Import a published checkpoint of Song et al. 2021 into a run folder, which the other scripts then use.
 
-    python -m experiments.import_checkpoint --from score_sde --config vp/cifar10_ddpmpp_continuous \
-        --path checkpoint_26 --workdir RUN [--sha256 HEX]
+    python -m experiments.import_checkpoint --from score_sde --config NAME --path FILE --workdir RUN [--sha256 HEX]
 
+NAME: a row, such as vp/cifar10_ddpmpp_continuous, or the path of a configuration.
 --from score_sde: flax 0.3 msgpack; score_sde_pytorch: safetensors (docs/reproduce.md says how to convert a .pth).
 """
 
