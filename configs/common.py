@@ -69,7 +69,7 @@ def defaults() -> ConfigDict:
     c.likelihood.tolerance_images = 128  # solved again at a tenth of the tolerance, for the solver's error; 0: none
     c.likelihood.dequantisation = "uniform"  # or truncated_normal
     c.likelihood.importance_samples = 1  # dequantisations in the bound of one draw, weighted by their densities
-    # Of --bounds: continuous (of the dequantised image), levels (continuous time, discrete decoder), steps_T (T of them).
+    # Of --bounds: continuous (of the dequantised image), levels (continuous time, discrete decoder), steps_T (T steps).
     c.likelihood.bounds = "continuous,levels,steps_100,steps_1000"
     c.likelihood.bound_draws = 64  # times in a bound of one draw
     c.likelihood.matmul_precision = "highest"  # of JAX: highest, high or default (what the hardware likes)

@@ -1,13 +1,14 @@
 """Fields for data on a grid of levels: the network says how likely each level is, the integral over its cell is exact.
 
-Dequantised images are not smooth: an entry of level k is uniform on a cell. Given x_t, with u = (alpha x_0 - x_t)/sigma,
-the posterior of x_0 is a mixture over cells of truncated normals,
+Dequantised images are not smooth: an entry of level k is uniform on a cell. Given x_t, with
+u = (alpha x_0 - x_t)/sigma, the posterior of x_0 is a mixture over cells of truncated normals,
 
     q_k ~ prior_k exp(logits_k) (Phi(b_k) - Phi(a_k)) / (b_k - a_k),    u | k ~ N(0, 1) cut to [a_k, b_k],
 
-with [a_k, b_k] the cell's ends in u, so that E[eps] = -sum_k q_k E[u | k] and E[x_0] = sum_k q_k E[x_0 | k]. With logits = 0 this is the exact posterior of
-independent entries with those priors: the network learns what the histogram of each pixel does not know. Discrete
-targets for a continuous diffusion: Dieleman et al. 2022 (arXiv 2211.15089), section 3; the cells are ours.
+with [a_k, b_k] the cell's ends in u, so that E[eps] = -sum_k q_k E[u | k] and E[x_0] = sum_k q_k E[x_0 | k]. With
+logits = 0 this is the exact posterior of independent entries with those priors: the network learns what the histogram
+of each pixel does not know. Discrete targets for a continuous diffusion: Dieleman et al. 2022 (arXiv 2211.15089),
+section 3; the cells are ours.
 
 A cell may hold several neighbouring levels (`merged_levels`): the model is then uniform inside it, and cheaper.
 """
@@ -53,7 +54,7 @@ def level_field(
       log_prior: log-probabilities of the levels, (*event, L), for example from the histogram of each pixel.
       low: lower end of level 0 in model space.
       high: upper end of level L - 1 in model space.
-      edges: the ends of the cells in model space where they are not L equal ones from low to high, increasing, (L + 1,).
+      edges: increasing ends of the cells in model space, (L + 1,), where they are not equal ones from low to high.
       predict: kind of the field returned.
 
     Raises:
@@ -150,7 +151,7 @@ def _cells(alpha, sigma, x, edges, widths):
 
 
 def merged_levels(counts: np.ndarray, cells: int) -> np.ndarray:
-    """Return the best cut of L levels into cells of neighbours: edges in units of levels, `0 = e_0 < ... < e_cells = L`.
+    """Return the best cut of L levels into cells of neighbours: its edges in levels, `0 = e_0 < ... < e_cells = L`.
 
     Of all such cuts, the one whose histogram, uniform inside a cell, gives the counted entries the highest likelihood
     (dynamic programming over cuts, O(cells L^2)). On the host, from the counts of the training data.

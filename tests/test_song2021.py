@@ -16,7 +16,8 @@ import jdiff
 from configs import smoke
 from experiments import build, likelihood, reproduce, sample, song2021, train
 from experiments.artefacts import Run
-from jdiff import data, nn, training
+from jdiff import data, losses, nn, predictions, training
+from jdiff import likelihood as library_likelihood
 from jdiff.importers import score_sde
 from jdiff.transforms import DataTransform
 
@@ -551,3 +552,46 @@ def test_every_row_passes_the_check_of_the_protocol(row):
     c = reproduce.config(row)
     c.protocol = "song2021"
     build.check(c)
+
+
+# The library's own functions, where they are the same.
+
+
+@pytest.mark.parametrize("name,kind", [("vp", "eps"), ("ve", "score")])
+def test_library_gives_the_same_score_flow_and_divergence(name, kind):
+    """Away from t = 0, where only the reference's 1 - exp(.) differs: convert, probability_flow, the traces."""
+    g, process, weights = golden(f"score_{name}"), PROCESSES[name], params(name)
+    probes = jnp.stack([jnp.asarray(g[f"eps_{probe}"]) for probe in ("rademacher", "gaussian")])
+
+    @nn_reference.quick_jit
+    def compute(x, t):
+        field = nn.as_field(network(name), weights)
+        flow = jdiff.probability_flow(process, field, predict=kind)
+        found = predictions.convert(process, field(x, t), x, t, kind, "score")
+        return found, *library_likelihood._velocity_and_traces(lambda x: flow.drift(x, t), x, probes)
+
+    compared = [i for i, t in enumerate(g["t"]) if t >= 1e-2 or name == "ve"]
+    assert len(compared) >= 3
+    for i in compared:
+        found, drift, traces = compute(jnp.asarray(g["x"]), times(g["t"][i]))
+        close(found, g["score"][i], 1e-4)
+        close(drift, g["drift"][i], 1e-4)
+        expected = np.stack([g["div_rademacher"][i], g["div_gaussian"][i]], axis=1)
+        np.testing.assert_allclose(traces, expected, rtol=1e-3, atol=1e-5 * np.abs(g["drift"][i]).sum() / 4)
+
+
+@pytest.mark.parametrize("weighting", [False, True])
+@pytest.mark.parametrize("name", PROCESSES)
+def test_library_gives_the_same_loss(name, weighting):
+    """losses.denoising is denoising_loss, whose numbers are the reference's, of the noise that its keys draw."""
+    process, kind = PROCESSES[name], "score" if name == "ve" else "eps"
+    g = golden("loss_ve" if name == "ve" else "loss_vp")
+    x0, t, keys = jnp.asarray(g["x"]), jnp.asarray(g["t"]), jax.random.split(jax.random.key(3), 4)
+    eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:], x0.dtype))(keys)
+    linear = lambda x, t: 0.3 * x
+    weight = losses.likelihood if weighting else losses.sigma2 if name == "ve" else losses.unit
+    expected = song2021.denoising_loss(
+        process, song2021.score_fn(process, linear, kind), x0, t, eps, likelihood_weighting=weighting
+    )
+    ours = losses.denoising(keys, linear, process, x0, t, predict=kind, weight=weight)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
