@@ -18,7 +18,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from experiments.train import CPU_COMPILER_OPTIONS
+from experiments.compilation import compiler_options
 from jdiff import nn
 
 BATCH = 4
@@ -61,18 +61,20 @@ def measure(size: str, repeats: int) -> list[dict]:
         return jax.value_and_grad(loss)(params)
 
     rows = []
-    lean = CPU_COMPILER_OPTIONS if jax.default_backend() == "cpu" else None
+    ours = compiler_options()  # as the scripts compile
     cases = (
-        ("forward", forward, None),
-        ("jvp", jvp, None),
-        ("gradient", gradient, lean),
-        ("gradient, default schedule", gradient, None),
+        ("forward", forward, ours),
+        ("jvp", jvp, ours),
+        ("gradient", gradient, ours),
+        ("forward, default options", forward, None),
+        ("jvp, default options", jvp, None),
+        ("gradient, default options", gradient, None),
     )
-    for name, function, compiler_options in cases:
+    for name, function, options in cases:
         start, busy = time.perf_counter(), time.process_time()
         lowered = jax.jit(function).lower(params, x, t)
         traced = time.perf_counter()
-        compiled = lowered.compile(compiler_options)
+        compiled = lowered.compile(options)
         done, busy = time.perf_counter(), time.process_time() - busy
         jax.block_until_ready(compiled(params, x, t))
         row = {

@@ -3,10 +3,12 @@
     TFDS_DATA_DIR=... python -m benchmarks.train_step [--config configs/mnist_unet.py]
 
 The baseline computes the same update with plain optax: gradient, optimiser, addition and moving average are each a
-`jit` of their own, and the state is not donated. Both see the same batch; float32 and bfloat16.
+`jit` of their own, and the state is not donated. Both see the same batch and compiler options; float32 and bfloat16.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ import optax
 
 from benchmarks import common
 from experiments import build, cli, model
-from experiments.train import CPU_COMPILER_OPTIONS
+from experiments.compilation import compiler_options
 from jdiff import data, parallel, training
 
 
@@ -42,15 +44,15 @@ def _measure(options, dtype):
     batch = next(data.batches(source, config.training.batch_size, seed=0, process_index=0, process_count=1))
     batch = jax.tree.map(jnp.asarray, parallel.shard_batch(batch, mesh))
 
-    lean = CPU_COMPILER_OPTIONS if jax.default_backend() == "cpu" else None
-    whole = parallel.data_parallel(loss_fn, tx, mesh, ema_decay=decay, compiler_options=lean)
+    compiler = compiler_options()
+    whole = parallel.data_parallel(loss_fn, tx, mesh, ema_decay=decay, compiler_options=compiler)
     state = {"ours": parallel.replicate(training.init_state(params, tx), mesh)}
 
     def ours():
         state["ours"], metrics = whole(state["ours"], key, batch)
         return metrics
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler)
     def gradient(params, step, batch):
         keys = training.example_keys(key, step, batch["index"])
         whole_batch = batch | {"key": training.shared_key(key, step)}

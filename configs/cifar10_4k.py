@@ -27,10 +27,12 @@ def get_config(mode: str = "full") -> ConfigDict:
     c.optimiser.learning_rate = 1e-3
     c.optimiser.warmup = 50
     c.optimiser.cosine = True
-    c.training.steps = 600
+    c.training.steps = 500
     c.training.batch_size = 64
     c.training.ema_decay = 0.99
     c.training.checkpoint_every = 200
+    c.likelihood.variable = "log_snr"
+    c.likelihood.rtol = c.likelihood.atol = 1e-4
     if mode == "smoke":
         c.data.train = "train[:256]"
         c.network.options = ConfigDict({"size": "small", "channels": 8, "multipliers": (1, 2)})

@@ -33,12 +33,13 @@ def get_config(mode: str = "full") -> ConfigDict:
     c.optimiser.warmup = 300
     c.optimiser.cosine = True
     c.optimiser.b2 = 0.99
-    c.training.steps = 4000
+    c.training.steps = 3600
     c.training.ema_decay = 0.999
     c.training.validate_every = 1000
     c.training.checkpoint_every = 500
     c.training.keep = 10
     c.likelihood.variable = "log_snr"
+    c.likelihood.rtol = c.likelihood.atol = 1e-3
     c.sampling.grid = "uniform_log_snr"
     c.sampling.steps = 50
     if mode == "smoke":

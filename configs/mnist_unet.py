@@ -3,7 +3,7 @@
     TFDS_DATA_DIR=... python -m experiments.train --config configs/mnist_unet.py --workdir runs/mnist_smooth
     TFDS_DATA_DIR=... python -m experiments.train --config configs/mnist_unet.py --workdir runs/mnist_positional \
         --set 'network.options={"size": "small", "channels": 16, "multipliers": [1, 1, 2], "embedding": "positional"}'
-    python -m benchmarks.embedding
+    python -m benchmarks.likelihood_pareto --workdir runs/mnist_smooth runs/mnist_positional --truth 1e-6 --repeats 1
 
 Two trainings that differ in the embedding alone: smooth in log-SNR, and sinusoids of 999 t as published in 2021.
 """
@@ -29,11 +29,13 @@ def get_config(mode: str = "full") -> ConfigDict:
     c.optimiser.learning_rate = 1e-3
     c.optimiser.warmup = 100
     c.optimiser.cosine = True
-    c.training.steps = 1500
+    c.training.steps = 1000
     c.training.batch_size = 64
     c.training.ema_decay = 0.998
     c.training.validate_every = 500
     c.training.checkpoint_every = 500
+    c.likelihood.variable = "log_snr"
+    c.likelihood.rtol = c.likelihood.atol = 1e-4
     c.sampling.grid = "uniform_log_snr"
     c.sampling.steps = 50
     if mode == "smoke":

@@ -31,6 +31,7 @@ from tqdm import tqdm
 import jdiff
 from experiments import build, cli, errors, model, pictures, song2021
 from experiments.artefacts import Run, read_json, read_jsonl
+from experiments.compilation import compiler_options
 from experiments.errors import summarise
 from experiments.records import Pair, Records
 from jdiff import bounds, data, dequantisation, log_likelihood, parallel, times
@@ -348,7 +349,7 @@ def _ode_evaluator(config, described, shape):
     c = config.likelihood
     forward_process, t_min = build.process(config), _t_min(config, described.transform)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     def evaluate(params, statistics, batch, rtol, atol):
         # Dequantisations that are weighted against each other have their probes in common.
         probe = _keys(config.seed, batch["draw"] // c.importance_samples, batch["index"], 1)
@@ -460,7 +461,7 @@ def _bound_evaluator(config, described, shape, *, kind, steps, draws):
         ts = times.uniform_log_snr(forward_process, steps, t_min=t_min, t_max=end)
         evaluations = draws = min(draws, steps)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     def evaluate(params, statistics, batch):
         keys = _keys(config.seed, batch["draw"], batch["index"], 2)
         field = build.field(config, described.module, params, statistics)

@@ -23,12 +23,11 @@ from tqdm import tqdm
 
 from experiments import build, cli, model, pictures
 from experiments.artefacts import Metrics, Run, read_jsonl
+from experiments.compilation import compiler_options
 from jdiff import checkpoint, data, parallel, training
 
 INTERRUPTED = 130
 _IN_MEMORY_BYTES = 2**28
-# XLA:CPU's default schedule hoists work for concurrency: half as much memory again, no faster (docs/results.md).
-CPU_COMPILER_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 def train(config: ConfigDict, run: Run) -> int:
@@ -90,7 +89,7 @@ def train(config: ConfigDict, run: Run) -> int:
             c.mapping,
             ema_decay=c.ema_decay,
             ema_warmup=c.ema_warmup,
-            compiler_options=CPU_COMPILER_OPTIONS if jax.default_backend() == "cpu" else None,
+            compiler_options=compiler_options(),
         )
         validate = _validation(config, described, statistics, validation, validation_key)
 

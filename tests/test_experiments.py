@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 
 import jax
@@ -14,9 +15,24 @@ import pytest
 from scipy import stats
 
 from configs import smoke
-from experiments import artefacts, build, cli, demo, likelihood, model, report, sample, train, yardsticks
+from experiments import (
+    artefacts,
+    build,
+    cli,
+    compilation,
+    demo,
+    learning_curve,
+    likelihood,
+    model,
+    report,
+    sample,
+    train,
+    yardsticks,
+)
 from experiments.artefacts import Run, read_json, read_jsonl
 from jdiff import checkpoint, data
+
+_NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 @pytest.fixture(scope="session")
@@ -281,6 +297,38 @@ def test_an_image_depends_on_its_number_alone(done):
         assert saved["step"] == 10 and saved["levels"] == 17
     for name in ("samples_heun.png", "trajectory_heun.png"):
         assert (done / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_learning_curve_evaluates_every_checkpoint(done, tmp_path):
+    run = Run(shutil.copytree(done.path, tmp_path / "run"))
+    rows = learning_curve.learning_curve(_config(), run, split="test[:8]")
+    assert read_json(run / "learning_curve.json") == {"split": "test[:8]", "points": rows}
+    assert (run / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert [row["step"] for row in rows] == [5, 10]
+    for row in rows:
+        alone = likelihood.likelihood(_config(), run, split="test[:8]", step=row["step"])
+        assert row["bits_per_dim"] == alone["bits_per_dim"]
+    assert rows[0]["bits_per_dim"] != rows[1]["bits_per_dim"]
+    lines = read_jsonl(run / "metrics.jsonl")
+    steps = np.diff([0] + [line["step"] for line in lines])
+    seconds = np.cumsum(steps * 8 / np.array([line["images_per_second"] for line in lines]))
+    at = [[line["step"] for line in lines].index(step) for step in (5, 10)]
+    np.testing.assert_allclose([row["seconds"] for row in rows], seconds[at])
+
+
+def test_compiler_options_that_xla_does_not_know_are_left_out(monkeypatch):
+    options = compilation.compiler_options()
+    assert options == compilation.LEAN | compilation.FAST
+    # The same numbers, up to the order of summation.
+    x = jax.random.normal(jax.random.key(0), (2, 9, 9, 8))
+    w = jax.random.normal(jax.random.key(1), (3, 3, 8, 8))
+    f = lambda x, w: jnp.sum(jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=_NHWC) ** 2)
+    for ours, plain in zip(jax.jit(jax.grad(f, (0, 1)), compiler_options=options)(x, w), jax.grad(f, (0, 1))(x, w)):
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-4 * float(jnp.abs(plain).max()))
+    monkeypatch.setattr(compilation, "FAST", {"xla_cpu_no_such_option": "true"})
+    compilation.compiler_options.cache_clear()
+    assert compilation.compiler_options() == compilation.LEAN
+    compilation.compiler_options.cache_clear()
 
 
 def test_labels_by_name(done):
