@@ -85,7 +85,11 @@ def defaults() -> ConfigDict:
     c.sampling.guidance = 1.0  # classifier-free scale; 1: none
     c.sampling.t_min = 0.0  # 0: the process's own
     c.sampling.denoise = True  # one last x0 prediction
-    c.sampling.eta = 1.0  # stochasticity of ddim and of the reverse SDE
+    c.sampling.eta = 1.0  # stochasticity of ddim, dpmpp_2m_sde, dpmpp_3m_sde and of the reverse SDE
+    c.sampling.churn = 0.0  # of edm: S_churn of Karras et al. 2022
+    c.sampling.churn_noise = 1.0  # of edm: S_noise
+    c.sampling.order = 0  # of dpm_solver, exponential_adams, deis and unipc; 0: their default
+    c.sampling.last_corrector = False  # of unipc: one evaluation more, the last step corrected too
     c.sampling.snr = 0.16  # of the Langevin corrector
     c.sampling.corrector_steps = 1
     # Of protocol "song2021": euler_maruyama, reverse_diffusion, ancestral_sampling, none or ode; none, langevin or ald.

@@ -55,6 +55,9 @@ GRIDS = {
     "linear": times.linear,
     "quadratic": times.quadratic,
     "karras": times.karras,
+    "polyexponential": times.polyexponential,
+    "shifted": times.shifted,
+    "subsequence": times.subsequence,
     "uniform_log_snr": times.uniform_log_snr,
 }
 # At discrete times, of a process and a kind of field each.
@@ -91,10 +94,22 @@ SOLVERS = {
     "midpoint": lambda p, f, k, c: solvers.midpoint(_flow(p, f, k, c)),
     "heun": lambda p, f, k, c: solvers.heun(_flow(p, f, k, c)),
     "rk4": lambda p, f, k, c: solvers.rk4(_flow(p, f, k, c)),
+    "edm": lambda p, f, k, c: solvers.edm(
+        p, _x0(p, f, k), churn=min(c.churn / c.steps, math.sqrt(2) - 1), s_noise=c.churn_noise
+    ),
     "euler_maruyama": lambda p, f, k, c: solvers.euler_maruyama(_reverse(p, f, k, c)),
+    "stochastic_heun": lambda p, f, k, c: solvers.stochastic_heun(_reverse(p, f, k, c)),
     "ancestral": lambda p, f, k, c: solvers.ancestral(p, _x0(p, f, k)),
     "ddim": lambda p, f, k, c: solvers.ddim(p, _x0(p, f, k), c.eta),
+    "dpm_solver": lambda p, f, k, c: solvers.dpm_solver(p, _x0(p, f, k), c.order or 2),
+    "dpmpp_2s": lambda p, f, k, c: solvers.dpmpp_2s(p, _x0(p, f, k)),
     "dpmpp_2m": lambda p, f, k, c: solvers.dpmpp_2m(p, _x0(p, f, k)),
+    "dpmpp_3m": lambda p, f, k, c: solvers.dpmpp_3m(p, _x0(p, f, k)),
+    "dpmpp_2m_sde": lambda p, f, k, c: solvers.dpmpp_2m(p, _x0(p, f, k), c.eta),
+    "dpmpp_3m_sde": lambda p, f, k, c: solvers.dpmpp_3m(p, _x0(p, f, k), c.eta),
+    "exponential_adams": lambda p, f, k, c: solvers.exponential_adams(p, _x0(p, f, k), c.order or 3),
+    "deis": lambda p, f, k, c: solvers.deis(p, _x0(p, f, k), c.order or 3),
+    "unipc": lambda p, f, k, c: solvers.unipc(p, _x0(p, f, k), c.order or 2, last_corrector=c.last_corrector),
     "predictor_corrector": _predictor_corrector,
 }
 

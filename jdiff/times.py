@@ -8,9 +8,11 @@ leave the weight out to let the density itself be the weighting.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.stats import norm
 
 from jdiff._array import check_key
@@ -22,8 +24,11 @@ __all__ = [
     "karras",
     "linear",
     "log_normal",
+    "polyexponential",
     "quadratic",
+    "shifted",
     "stratified",
+    "subsequence",
     "uniform",
     "uniform_log_snr",
 ]
@@ -74,6 +79,78 @@ def uniform_log_snr(process: Process, n: int, *, t_min: float | None = None, t_m
     low, high = _ends(process, n, t_min, t_max)
     most, least = _log_snr_ends(process, low, high)
     return _pin(time_at(process, least + (most - least) * _fractions(n)), low, high)
+
+
+def polyexponential(
+    process: Process, n: int, *, rho: float = 1.0, t_min: float | None = None, t_max: float | None = None
+) -> Array:
+    """Return n steps with log(sigma/alpha) = last + (first - last) (1 - i/n)^rho.
+
+    rho = 1 is `uniform_log_snr`; larger ones put more steps at small noise, smaller ones at large noise (the
+    polynomial in log sigma of Crowson's k-diffusion, 2022).
+
+    Raises:
+      ValueError: n < 1, t_min and t_max not in order, or rho <= 0.
+    """
+    if rho <= 0:
+        raise ValueError(f"rho must be positive, got {rho}")
+    low, high = _ends(process, n, t_min, t_max)
+    most, least = _log_snr_ends(process, low, high)
+    return _pin(time_at(process, most + (least - most) * (1 - _fractions(n)) ** rho), low, high)
+
+
+def shifted(
+    process: Process, n: int, *, shift: float = 3.0, t_min: float | None = None, t_max: float | None = None
+) -> Array:
+    """Return n steps at t_min + (t_max - t_min) shift u / (1 + (shift - 1) u), u = 1, 1 - 1/n, ..., 0: more at noise.
+
+    Esser et al. 2024 (arXiv 2403.03206), eq. 23, for Rectified, where shift = sqrt(m/n) for m pixels instead of n (3
+    for 1024x1024) keeps the uncertainty about the image, sigma/alpha over the root of the number of pixels.
+
+    Raises:
+      ValueError: n < 1, t_min and t_max not in order, or shift <= 0.
+    """
+    if shift <= 0:
+        raise ValueError(f"shift must be positive, got {shift}")
+    low, high = _ends(process, n, t_min, t_max)
+    u = 1 - _fractions(n)
+    return _pin(low + (high - low) * shift * u / (1 + (shift - 1) * u), low, high)
+
+
+def subsequence(
+    process: Process,
+    n: int,
+    *,
+    total: int = 1000,
+    spacing: Literal["linspace", "leading", "trailing"] = "linspace",
+    t_min: float | None = None,
+    t_max: float | None = None,
+) -> Array:
+    """Return n steps through times of a discrete schedule of `total` steps, t_k = t_max (k + 1) / total, then t_min.
+
+    The k of a network that was trained at k = 0 ... total - 1 are, for i = 0 ... n - 1, rounded: (total - 1) (1 - i/(n
+    - 1)) ("linspace"); (n - 1 - i) floor(total/n) ("leading": Song, Meng & Ermon 2021, arXiv 2010.02502, appendix D.2,
+    which starts below t_max); total (1 - i/n) - 1 ("trailing"). Lin et al. 2023 (arXiv 2305.08891), table 2.
+
+    Raises:
+      ValueError: n not in 1 ... total, unknown spacing, t_min not below the last of these times.
+    """
+    if not 1 <= n <= total:
+        raise ValueError(f"a subsequence of {total} steps has 1 to {total} of them, got n = {n}")
+    steps = np.arange(n)
+    if spacing == "linspace":
+        k = np.round(np.linspace(total - 1, 0, n))
+    elif spacing == "leading":
+        k = (n - 1 - steps) * (total // n)
+    elif spacing == "trailing":
+        k = np.round(total * (1 - steps / n)) - 1
+    else:
+        raise ValueError(f"unknown spacing {spacing!r}; choose 'linspace', 'leading' or 'trailing'")
+    low, high = _ends(process, n, t_min, t_max)
+    ts = high * (k + 1) / total
+    if not low < ts[-1]:
+        raise ValueError(f"t_min = {low} is not below the last time of the schedule, {ts[-1]}")
+    return jnp.asarray(np.append(ts, low), jnp.zeros(()).dtype)
 
 
 def uniform(key: Key, process: Process, index: Array, total: int, *, t_min=None, t_max=None) -> tuple[Array, Array]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.integrate
 from test_convergence import DETERMINISTIC, PROCESSES, STOCHASTIC
 
 from jdiff import analytic, predictions, processes, sde, solvers
@@ -236,6 +237,294 @@ def test_dpmpp_2m_is_its_published_algorithm(process, x64):
     close(solvers.integrate(None, solvers.dpmpp_2m(process, denoise), jnp.array(x), times)[0], want)
 
 
+class Literal:
+    """What the formulas of the papers are written in: alpha, sigma, lambda and the model, by the number of a time."""
+
+    def __init__(self, process, half_log_snr):
+        self.ts = processes.time_at(process, 2 * jnp.array(half_log_snr))
+        self.process = process
+        self.alpha, self.sigma = (np.asarray(c) for c in process.marginal(self.ts))
+        self.lam = np.log(self.alpha / self.sigma)
+
+    def at(self, lam):
+        """alpha, sigma and the time at a lambda."""
+        t = processes.time_at(self.process, jnp.asarray(2 * lam))
+        alpha, sigma = self.process.marginal(t)
+        return float(alpha), float(sigma), float(t)
+
+    def x0(self, x, t):
+        return np.asarray(denoise(jnp.array(x), jnp.full(len(x), t)))
+
+    def eps(self, x, t):
+        alpha, sigma = (float(c) for c in self.process.marginal(jnp.asarray(t)))
+        return (x - alpha * self.x0(x, t)) / sigma
+
+
+@every_process
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_dpm_solver_is_its_published_algorithm(process, order, x64):
+    """Lu et al. 2022 (arXiv 2206.00927), eq. 3.7, alg. 1 with r_1 = 1/2 and alg. 2 with r_1 = 1/3, r_2 = 2/3."""
+    p, x = Literal(process, [-1.5, -0.2]), np.asarray(state())
+    (t, s), (alpha, alpha_s), (_, sigma_s), h = p.ts, p.alpha, p.sigma, p.lam[1] - p.lam[0]
+    want = alpha_s / alpha * x - sigma_s * (np.exp(h) - 1) * p.eps(x, t)
+    if order == 2:
+        alpha_1, sigma_1, s_1 = p.at(p.lam[0] + h / 2)
+        u = alpha_1 / alpha * x - sigma_1 * (np.exp(h / 2) - 1) * p.eps(x, t)
+        want = alpha_s / alpha * x - sigma_s * (np.exp(h) - 1) * p.eps(u, s_1)
+    if order == 3:
+        r_1, r_2 = 1 / 3, 2 / 3
+        alpha_1, sigma_1, s_1 = p.at(p.lam[0] + r_1 * h)
+        alpha_2, sigma_2, s_2 = p.at(p.lam[0] + r_2 * h)
+        u_1 = alpha_1 / alpha * x - sigma_1 * (np.exp(r_1 * h) - 1) * p.eps(x, t)
+        d_1 = p.eps(u_1, s_1) - p.eps(x, t)
+        u_2 = (
+            alpha_2 / alpha * x
+            - sigma_2 * (np.exp(r_2 * h) - 1) * p.eps(x, t)
+            - sigma_2 * r_2 / r_1 * ((np.exp(r_2 * h) - 1) / (r_2 * h) - 1) * d_1
+        )
+        d_2 = p.eps(u_2, s_2) - p.eps(x, t)
+        want = want - sigma_s / r_2 * ((np.exp(h) - 1) / h - 1) * d_2
+    close(one_step(solvers.dpm_solver(process, denoise, order), jnp.array(x), t, s), want)
+    if order == 1:
+        close(one_step(solvers.ddim(process, denoise), jnp.array(x), t, s), want)
+
+
+@every_process
+def test_dpmpp_2s_is_its_published_algorithm(process, x64):
+    """Lu et al. 2022 (arXiv 2211.01095), alg. 1, for any r that it allows, here 1/2."""
+    p, x, r = Literal(process, [-1.5, -0.2]), np.asarray(state()), 0.5
+    (t, s), (_, alpha_s), (sigma, sigma_s), h = p.ts, p.alpha, p.sigma, p.lam[1] - p.lam[0]
+    alpha_1, sigma_1, s_1 = p.at(p.lam[0] + r * h)
+    u = sigma_1 / sigma * x - alpha_1 * (np.exp(-r * h) - 1) * p.x0(x, t)
+    d = (1 - 1 / (2 * r)) * p.x0(x, t) + 1 / (2 * r) * p.x0(u, s_1)
+    want = sigma_s / sigma * x - alpha_s * (np.exp(-h) - 1) * d
+    close(one_step(solvers.dpmpp_2s(process, denoise), jnp.array(x), t, s), want)
+
+
+UNEVEN = [-2.0, -1.3, -0.9, 0.1, 0.5, 1.4]
+
+
+def lagrange(nodes, j, u):
+    return np.prod([(u - node) / (nodes[j] - node) for i, node in enumerate(nodes) if i != j])
+
+
+@pytest.mark.parametrize("process", [PROCESSES[name] for name in ("VP", "EDM", "Rectified")], ids=str)
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_deis_is_its_published_formula(process, order, x64):
+    """Zhang & Chen 2023 (arXiv 2204.13902), eqs. 14 and 15: C_ij = int rho'(u) L_j(u) du, by adaptive quadrature."""
+    p = Literal(process, UNEVEN)
+    rho = lambda u: float(np.divide(*[float(c) for c in process.marginal(jnp.asarray(u))][::-1]))
+    want, past = np.asarray(state()), []
+    for n in range(len(UNEVEN) - 1):
+        past.insert(0, (float(p.ts[n]), p.eps(want, p.ts[n])))
+        past = past[:order]
+        nodes = [t for t, _ in past]
+        want = p.alpha[n + 1] / p.alpha[n] * want
+        for j, (_, eps) in enumerate(past):
+            # By parts, so that rho' is not needed: rho L - int rho L'.
+            ends = float(p.ts[n]), float(p.ts[n + 1])
+            slope = lambda u, j=j, nodes=nodes: (lagrange(nodes, j, u + 1e-5) - lagrange(nodes, j, u - 1e-5)) / 2e-5
+            inner = scipy.integrate.quad(lambda u, slope=slope: rho(u) * slope(u), *ends, epsabs=1e-13)[0]
+            outer = np.diff([rho(u) * lagrange(nodes, j, u) for u in ends])[0]
+            want = want + p.alpha[n + 1] * (outer - inner) * eps
+    got, _ = solvers.integrate(None, solvers.deis(process, denoise, order), state(), p.ts)
+    close(got, want, 1e-8)
+
+
+@every_process
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_exponential_adams_integrates_the_interpolating_polynomial(process, order, x64):
+    """x_s = sigma_s/sigma_t x_t + alpha_s sum_j int_0^h e^-(h - u) L_j(u) du x_0(t_j), by adaptive quadrature."""
+    p = Literal(process, UNEVEN)
+    want, past = np.asarray(state()), []
+    for n in range(len(UNEVEN) - 1):
+        past.insert(0, (p.lam[n], p.x0(want, p.ts[n])))
+        past = past[:order]
+        nodes, h = [lam - p.lam[n] for lam, _ in past], p.lam[n + 1] - p.lam[n]
+        want = p.sigma[n + 1] / p.sigma[n] * want
+        for j, (_, x0) in enumerate(past):
+            integrand = lambda u, j=j, h=h, nodes=nodes: np.exp(u - h) * lagrange(nodes, j, u)
+            want = want + p.alpha[n + 1] * scipy.integrate.quad(integrand, 0, h, epsabs=1e-14)[0] * x0
+    solver = solvers.exponential_adams(process, denoise, order)
+    close(solvers.integrate(None, solver, state(), p.ts)[0], want)
+    if order == 3:
+        close(solvers.integrate(None, solvers.dpmpp_3m(process, denoise), state(), p.ts)[0], want)
+    if order == 1:
+        close(solvers.integrate(None, solvers.ddim(process, denoise), state(), p.ts)[0], want)
+        close(solvers.integrate(None, solvers.deis(process, denoise, 1), state(), p.ts)[0], want)
+
+
+def unipc_coefficients(r, h, big_b):
+    """a = R^-1 phi / B of Zhao et al. 2023 (arXiv 2302.04867), theorem 3.1, of the data prediction."""
+    if len(r) <= 1:
+        return [0.5] * len(r)
+    # phi_k(-h), k = 1, 2, ...: phi_1 = (e^-h - 1)/(-h), phi_(k+1) = (phi_k - 1/k!)/(-h).
+    phi, factorial, right = np.expm1(-h) / -h, 1, []
+    for k in range(1, len(r) + 1):
+        phi = (phi - 1 / factorial) / -h
+        right.append(-h * phi * factorial / big_b)
+        factorial *= k + 1
+    return np.linalg.solve([[r_m ** (k - 1) for r_m in r] for k in range(1, len(r) + 1)], right)
+
+
+@pytest.mark.parametrize("process", [PROCESSES[name] for name in ("VP", "VE", "Cosine")], ids=str)
+@pytest.mark.parametrize("variant", ["bh1", "bh2"])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("order", [2, 3])
+def test_unipc_is_its_published_algorithm(process, order, last, variant, x64):
+    """Zhao et al. 2023 (arXiv 2302.04867), algs. 5 to 8: multistep UniP with UniC, with its warm-up of lower orders."""
+    p, last_step = Literal(process, UNEVEN), len(UNEVEN) - 2
+    want = np.asarray(state())
+    buffer = [p.x0(want, p.ts[0])]
+    for n in range(last_step + 1):
+        h, here = p.lam[n + 1] - p.lam[n], min(order, n + 1)
+        big_b = -h if variant == "bh1" else np.expm1(-h)
+        base = p.sigma[n + 1] / p.sigma[n] * want - p.alpha[n + 1] * np.expm1(-h) * buffer[-1]
+        r = [(p.lam[n - m] - p.lam[n]) / h for m in range(1, here)]
+        d = [(buffer[-1 - m] - buffer[-1]) / r[m - 1] for m in range(1, here)]
+        predicted = base - p.alpha[n + 1] * big_b * sum(a * d for a, d in zip(unipc_coefficients(r, h, big_b), d))
+        if n == last_step and not last:
+            want = predicted
+            break
+        new = p.x0(predicted, p.ts[n + 1])
+        r, d = [*r, 1.0], [*d, new - buffer[-1]]
+        want = base - p.alpha[n + 1] * big_b * sum(a * d for a, d in zip(unipc_coefficients(r, h, big_b), d))
+        buffer.append(new)
+    solver = solvers.unipc(process, denoise, order, variant=variant, last_corrector=last)
+    close(solvers.integrate(None, solver, state(), p.ts)[0], want)
+
+
+@every_process
+@pytest.mark.parametrize("eta", [0.4, 1.0])
+def test_sde_dpmpp_2m_is_its_published_formula(process, eta, x64):
+    """Lu et al. 2022 (arXiv 2211.01095), eq. 19 for eta = 1, with tau = eta^2 for the diffusion eta g."""
+    p, x, keys = Literal(process, [-1.5, -0.6, 0.7]), state(), jax.random.split(KEY, 3)
+    tau, want, before = eta**2, np.asarray(x), None
+    for n in range(2):
+        h = p.lam[n + 1] - p.lam[n]
+        d = x0 = p.x0(want, p.ts[n])
+        if before is not None:
+            r = (p.lam[n] - p.lam[n - 1]) / h
+            d = x0 + (x0 - before) / (2 * r)
+        z = np.asarray(normal_like(fold_in(keys, n), x))
+        want = (
+            p.sigma[n + 1] / p.sigma[n] * np.exp(-tau * h) * want
+            + p.alpha[n + 1] * (1 - np.exp(-(1 + tau) * h)) * d
+            + p.sigma[n + 1] * np.sqrt(1 - np.exp(-2 * tau * h)) * z
+        )
+        before = x0
+    close(solvers.integrate(keys, solvers.dpmpp_2m(process, denoise, eta), x, p.ts)[0], want)
+
+
+@every_process
+def test_sde_exponential_adams_integrates_the_interpolating_polynomial(process, x64):
+    p, x, keys, tau = Literal(process, UNEVEN), state(), jax.random.split(KEY, 3), 0.6**2
+    want, past = np.asarray(x), []
+    for n in range(len(UNEVEN) - 1):
+        past = [(p.lam[n], p.x0(want, p.ts[n])), *past][:3]
+        nodes, h = [lam - p.lam[n] for lam, _ in past], p.lam[n + 1] - p.lam[n]
+        z = np.asarray(normal_like(fold_in(keys, n), x))
+        want = p.sigma[n + 1] / p.sigma[n] * np.exp(-tau * h) * want
+        want = want + p.sigma[n + 1] * np.sqrt(1 - np.exp(-2 * tau * h)) * z
+        for j, (_, x0) in enumerate(past):
+            integrand = lambda u, j=j, h=h, nodes=nodes: (1 + tau) * np.exp((1 + tau) * (u - h)) * lagrange(nodes, j, u)
+            want = want + p.alpha[n + 1] * scipy.integrate.quad(integrand, 0, h, epsabs=1e-14)[0] * x0
+    close(solvers.integrate(keys, solvers.dpmpp_3m(process, denoise, 0.6), x, p.ts)[0], want)
+
+
+@every_process
+def test_multistep_solvers_without_noise_are_their_ode(process, x64):
+    """An array that holds 0 takes the branch with noise; eta = 1 starts with ancestral sampling."""
+    x, keys, ts = state(), jax.random.split(KEY, 3), Literal(process, UNEVEN).ts
+    for factory in (solvers.dpmpp_2m, solvers.dpmpp_3m):
+        plain, zero = factory(process, denoise), factory(process, denoise, jnp.zeros(()))
+        close(solvers.integrate(keys, zero, x, ts)[0], solvers.integrate(None, plain, x, ts)[0])
+        ancestral = one_step(solvers.ancestral(process, denoise), x, ts[0], ts[1], keys)
+        close(one_step(factory(process, denoise, 1.0), x, ts[0], ts[1], keys), ancestral)
+
+
+@every_process
+@pytest.mark.parametrize("churn", [0.0, 0.2])
+def test_edm_is_its_published_algorithm(process, churn, x64):
+    """Karras et al. 2022 (arXiv 2206.00364), alg. 2, for y = x/alpha and sigma = sigma/alpha; S_churn = 0 is alg. 1."""
+    p, x, keys, s_noise = Literal(process, [-1.5, 0.7]), state(), jax.random.split(KEY, 3), 1.003
+    z = np.asarray(normal_like(keys, x))
+    sigma, following = np.exp(-p.lam)
+    y = np.asarray(x) / p.alpha[0]
+
+    def d(y, sigma):
+        alpha, _, t = p.at(-np.log(sigma))
+        return (y - p.x0(alpha * y, t)) / sigma
+
+    hat = sigma + churn * sigma
+    y = y + np.sqrt(hat**2 - sigma**2) * s_noise * z
+    slope = d(y, hat)
+    euler = y + (following - hat) * slope
+    want = p.alpha[1] * (y + (following - hat) * (slope + d(euler, following)) / 2)
+    solver = solvers.edm(process, denoise, churn=churn, s_noise=s_noise)
+    close(one_step(solver, x, *p.ts, keys if churn else None), want)
+    # No churn outside of [s_min, s_max].
+    for outside in ({"s_min": 1.1 * sigma}, {"s_max": 0.9 * sigma}):
+        solver = solvers.edm(process, denoise, churn=churn, **outside)
+        close(one_step(solver, x, *p.ts, keys), one_step(solvers.edm(process, denoise), x, *p.ts))
+
+
+@every_process
+def test_churn_keeps_the_marginals(process, x64):
+    """With the exact denoiser of a Gaussian, 200 steps with churn lead to its mean and variance, whatever the noise."""
+    d, ts = 0.6, Literal(process, np.linspace(-2.0, 2.5, 201)).ts
+    exact = analytic.gaussian(process, jnp.array([0.7]), d)
+    alpha, sigma = (np.asarray(c) for c in process.marginal(ts[jnp.array([0, -1])]))
+    x = alpha[0] * 0.7 + np.hypot(alpha[0] * d, sigma[0]) * jax.random.normal(KEY, (20_000, 1))
+    solver = solvers.edm(process, exact.denoise, churn=0.02)
+    end = np.asarray(jax.jit(lambda x: solvers.integrate(KEY, solver, x, ts)[0])(x))
+    std = np.hypot(alpha[1] * d, sigma[1])
+    # Four standard errors of a mean and of a standard deviation.
+    assert end.mean() == pytest.approx(0.7 * alpha[1], abs=4 * std / np.sqrt(20_000))
+    assert end.std() == pytest.approx(std, rel=4 / np.sqrt(40_000))
+    still = np.asarray(jax.jit(lambda x: solvers.integrate(None, solvers.edm(process, exact.denoise), x, ts)[0])(x))
+    assert np.corrcoef(still[:, 0], end[:, 0])[0, 1] < 0.5
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_stochastic_heun_step(direction, x64):
+    x, keys, t, h = state(), jax.random.split(KEY, 3), 0.5, 0.2 * direction
+    g = lambda t: 0.7 + t**2
+    equation = sde.SDE(drift, lambda x, t: jnp.ones_like(x) * g(t)[:, None])
+    z = normal_like(keys, x)
+    f = lambda x, t: jnp.sin(x) * t - x**2 / 3
+    u = x + h * f(x, t) + np.sqrt(abs(h)) * g(t) * z
+    want = x + h / 2 * (f(x, t) + f(u, t + h)) + np.sqrt(abs(h)) / 2 * (g(t) + g(t + h)) * z
+    close(one_step(solvers.stochastic_heun(equation), x, t, t + h, keys), want, 1e-13)
+    ode = sde.SDE(drift)
+    close(one_step(solvers.stochastic_heun(ode), x, t, t + h), one_step(solvers.heun(ode), x, t, t + h))
+
+
+def test_unipc_evaluates_once_a_step(x64):
+    process, calls = PROCESSES["VP"], []
+
+    def counted(x, t):
+        jax.debug.callback(lambda: calls.append(1))
+        return denoise(x, t)
+
+    ts = Literal(process, UNEVEN).ts
+    for last, want in ((False, 5), (True, 6)):
+        solver = solvers.unipc(process, counted, 2, last_corrector=last)
+        jax.block_until_ready(solvers.integrate(None, solver, state(), ts)[0])
+        jax.effects_barrier()
+        assert len(calls) == want
+        calls.clear()
+
+
+def test_the_kind_of_field_does_not_matter(x64):
+    """DPM-Solver++(2M) on Rectified: a velocity field, turned into an x0-field, gives the x0-field's result."""
+    process, ts = PROCESSES["Rectified"], jnp.array([1.0, 0.8, 0.5, 0.2, 0.05])
+    velocity = predictions.reparameterise(process, denoise, "x0", "velocity")
+    again = predictions.reparameterise(process, velocity, "velocity", "x0")
+    runs = [solvers.integrate(None, solvers.dpmpp_2m(process, f), state(), ts)[0] for f in (denoise, again)]
+    close(*runs)
+
+
 @pytest.mark.parametrize("process", [PROCESSES["Rectified"], PROCESSES["Cosine"]], ids=["Rectified", "Cosine"])
 def test_steps_from_pure_noise_take_the_denoiser_at_its_word(process, x64):
     """Where alpha = 0, x_t says nothing of x_0: x_s = alpha_s x_0 + sigma_s (kept x_t + fresh z), all finite."""
@@ -248,10 +537,21 @@ def test_steps_from_pure_noise_take_the_denoiser_at_its_word(process, x64):
     close(one_step(solvers.ddim(process, denoise, 0.6), x, 1.0, s, keys), alpha * x0 + sigma * (kept * x + 0.6 * z))
     close(one_step(solvers.ancestral(process, denoise), x, 1.0, s, keys), alpha * x0 + sigma * z)
     close(one_step(solvers.ancestral(process, denoise, variance="large"), x, 1.0, s, keys), alpha * x0 + z)
-    # A two-step method: the step after it knows no slope yet, and is DDIM too.
+    for order in (2, 3):
+        close(one_step(solvers.dpm_solver(process, denoise, order), x, 1.0, s), alpha * x0 + sigma * x)
+    close(one_step(solvers.dpmpp_2s(process, denoise), x, 1.0, s), alpha * x0 + sigma * x)
+    # Multistep methods: the step after it knows no slope in log-SNR yet, and is DDIM too.
     ts = jnp.array([1.0, 0.9, 0.8])
     ddim, _ = solvers.integrate(None, solvers.ddim(process, denoise), x, ts)
     close(solvers.integrate(None, solvers.dpmpp_2m(process, denoise), x, ts)[0], ddim)
+    close(solvers.integrate(None, solvers.exponential_adams(process, denoise, 4), x, ts)[0], ddim)
+    for last in (False, True):
+        unipc = solvers.unipc(process, denoise, 3, last_corrector=last)
+        close(one_step(unipc, x, 1.0, s), alpha * x0 + sigma * x)
+    for case in DETERMINISTIC.values():
+        if case.memory is not None:
+            end = solvers.integrate(None, case.make(process, denoise), x, jnp.array([1.0, 0.9, 0.8, 0.5, 0.1]))[0]
+            assert bool(jnp.all(jnp.isfinite(end)))
 
 
 @every_process
@@ -579,6 +879,26 @@ def test_bad_input_to_factories():
     for eta in (-0.1, 1.5):
         with pytest.raises(ValueError, match=r"\[0, 1\]"):
             solvers.ddim(process, denoise, eta)
+    for factory, orders in (
+        (solvers.dpm_solver, (0, 4)),
+        (solvers.exponential_adams, (0, 5)),
+        (solvers.deis, (0, 5)),
+        (solvers.unipc, (1, 4)),
+    ):
+        for order in orders:
+            with pytest.raises(ValueError, match=f"orders .* got {order}"):
+                factory(process, denoise, order)
+    with pytest.raises(ValueError, match="'bh1' or 'bh2'"):
+        solvers.unipc(process, denoise, variant="bh3")
+    for factory in (solvers.dpmpp_2m, solvers.dpmpp_3m):
+        for eta in (-0.1, float("inf")):
+            with pytest.raises(ValueError, match="finite and not negative"):
+                factory(process, denoise, eta)
+    for wrong in (dict(churn=-0.1), dict(s_min=2.0, s_max=1.0), dict(s_noise=-1.0)):
+        with pytest.raises(ValueError, match="not negative, got"):
+            solvers.edm(process, denoise, **wrong)
+    with pytest.raises(ValueError, match="needs a key"):
+        one_step(solvers.dpmpp_2m(process, denoise, 1.0), state(), 0.5, 0.4)
     with pytest.raises(ValueError, match="'small' or 'large'"):
         solvers.ancestral(process, denoise, variance="medium")
     for wrong in (dict(snr=0.0), dict(snr=-1.0), dict(steps=0)):

@@ -17,7 +17,14 @@ PROCESSES = {
     "cosine": jdiff.Cosine(),
     "rectified": jdiff.Rectified(),
 }
-GRIDS = {"linear": times.linear, "quadratic": times.quadratic, "karras": times.karras, "log": times.uniform_log_snr}
+GRIDS = {
+    "linear": times.linear,
+    "quadratic": times.quadratic,
+    "karras": times.karras,
+    "log": times.uniform_log_snr,
+    "polyexponential": functools.partial(times.polyexponential, rho=1.5),
+    "shifted": times.shifted,
+}
 DRAWS = {
     "uniform": times.uniform,
     "stratified": times.stratified,
@@ -56,6 +63,28 @@ def test_grids_are_their_formulas(x64):
     want = (80 ** (1 / 3) + (0.002 ** (1 / 3) - 80 ** (1 / 3)) * fractions) ** 3
     np.testing.assert_allclose(times.karras(edm, n, rho=3.0), want, rtol=1e-12)
     np.testing.assert_allclose(times.uniform_log_snr(edm, n), 80 * (0.002 / 80) ** fractions, rtol=1e-12)
+    want = np.exp(np.log(0.002) + (np.log(80) - np.log(0.002)) * (1 - fractions) ** 1.7)
+    np.testing.assert_allclose(times.polyexponential(edm, n, rho=1.7), want, rtol=1e-12)
+    np.testing.assert_allclose(times.polyexponential(vp, n), times.uniform_log_snr(vp, n), rtol=1e-12)
+    # Esser et al. 2024, eq. 23: sigma/alpha = t/(1 - t) grows by the shift.
+    flow = jdiff.Rectified()
+    t, moved = (np.asarray(grid(flow, n, t_min=0.0))[1:-1] for grid in (times.linear, times.shifted))
+    np.testing.assert_allclose(ratio(flow, moved), 3 * ratio(flow, t), rtol=1e-10)
+    np.testing.assert_allclose(times.shifted(edm, n, shift=1.0), times.linear(edm, n), rtol=1e-12)
+
+
+def test_subsequences_of_a_discrete_schedule(x64):
+    """The numbers of Lin et al. 2023 (arXiv 2305.08891), table 2, for 10 of 1000 steps, counted from 1 there."""
+    vp = jdiff.VP()
+    want = {
+        "linspace": [1000, 889, 778, 667, 556, 445, 334, 223, 112, 1],
+        "leading": [901, 801, 701, 601, 501, 401, 301, 201, 101, 1],
+        "trailing": [1000, 900, 800, 700, 600, 500, 400, 300, 200, 100],
+    }
+    for spacing, numbers in want.items():
+        ts = times.subsequence(vp, 10, spacing=spacing)
+        np.testing.assert_allclose(ts, [*np.array(numbers) / 1000, 1e-5], rtol=1e-12)
+    assert times.subsequence(vp, 1000).shape == (1001,) and times.subsequence(vp, 1)[0] == 1
 
 
 @pytest.mark.parametrize("name", ["vp", "subvp", "ve", "edm"])
@@ -195,6 +224,20 @@ def test_importance_weight_times_likelihood_weight_is_constant_for_eps(x64):
         t, weight = times.importance(jax.random.key(10), process, jnp.arange(64), 64)
         product = weight * losses.likelihood(process, t, "eps")
         np.testing.assert_allclose(product, np.full(64, product[0]), rtol=1e-9)
+
+
+def test_bad_input_to_grids():
+    vp = jdiff.VP()
+    for make, match in (
+        (lambda: times.polyexponential(vp, 4, rho=0.0), "rho must be positive"),
+        (lambda: times.shifted(vp, 4, shift=-1.0), "shift must be positive"),
+        (lambda: times.subsequence(vp, 0), "1 to 1000"),
+        (lambda: times.subsequence(vp, 11, total=10), "1 to 10"),
+        (lambda: times.subsequence(vp, 4, spacing="even"), "'linspace', 'leading' or 'trailing'"),
+        (lambda: times.subsequence(vp, 4, t_min=0.5), "not below the last time"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            make()
 
 
 def test_bad_input():

@@ -1,4 +1,4 @@
-"""Exponential integrators: the linear part of the flow solved exactly in log-SNR time, given a denoiser.
+"""Single-step exponential integrators: the linear part of the flow solved exactly in log-SNR time, given a denoiser.
 
 With half log-SNR l = log(alpha/sigma), the probability flow is d(x/sigma)/dl = e^l x_0(x, l): only the denoiser's
 change over a step is approximated (Lu et al. 2022, arXiv 2206.00927 and 2211.01095).
@@ -6,15 +6,17 @@ change over a step is approximated (Lu et al. 2022, arXiv 2206.00927 and 2211.01
 
 from __future__ import annotations
 
-import jax
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax.numpy as jnp
 
-from jdiff._array import batch_time, call, full_like_batch, lincomb
+from jdiff._array import batch_time, call, lincomb
 from jdiff._typing import Array, Field, Process
-from jdiff.processes import log_snr
+from jdiff.processes import log_snr, time_at
 from jdiff.solvers.base import Noise, Solver, State, white
 
-__all__ = ["ddim", "dpmpp_2m"]
+__all__ = ["ddim", "dpm_solver", "dpmpp_2s"]
 
 
 def ddim(process: Process, denoise: Field, eta: Array | float = 0.0, *, noise: Noise = white) -> Solver:
@@ -57,33 +59,118 @@ def ddim(process: Process, denoise: Field, eta: Array | float = 0.0, *, noise: N
     return Solver(State, step, 1)
 
 
-def dpmpp_2m(process: Process, denoise: Field) -> Solver:
-    """Return DPM-Solver++(2M), the two-step exponential method. Order 2, one evaluation a step.
+def dpm_solver(process: Process, denoise: Field, order: int = 2) -> Solver:
+    """Return DPM-Solver-1, 2 or 3, the single-step exponential Runge-Kutta methods of the noise prediction.
 
-    Lu et al. 2022 (arXiv 2211.01095), alg. 2:
+    Lu et al. 2022 (arXiv 2206.00927), eq. 3.7 and algs. 1 and 2. With h = l_s - l_t and eps_t = (x_t - alpha_t
+    x_0)/sigma_t, order 1 is DDIM, x_s = alpha_s/alpha_t x_t - sigma_s (e^h - 1) eps_t. Order 2 takes it to u at
+    l_t + h/2, and
 
-    x_s = sigma_s/sigma_t x_t - alpha_s (e^-h - 1) D, h = l_s - l_t, D = x_0(t) + h / (2 h') (x_0(t) - x_0(t')), where
-    t' is the previous time and h' = l_t - l_t'. The first step, and a step from alpha = 0, is DDIM.
+    x_s = DDIM - sigma_s (e^h - 1) D_1, D_1 = eps(u) - eps_t.
+
+    Order 3 takes it to u_1 at l_t + h/3, then to u_2 at l_t + 2h/3 with - 2 sigma ((e^(2h/3) - 1)/(2h/3) - 1) D_1, and
+
+    x_s = DDIM - 3/2 sigma_s ((e^h - 1)/h - 1) D_2, D_i = eps(u_i) - eps_t.
+
+    As many evaluations a step as its order. A step from alpha = 0 is DDIM.
+
+    Args:
+      process: the forward process.
+      denoise: an x0-field.
+      order: 1, 2 or 3.
+
+    Raises:
+      ValueError: another order.
+    """
+    if order not in (1, 2, 3):
+        raise ValueError(f"dpm_solver has orders 1, 2 and 3, got {order}")
+    if order == 1:
+        return ddim(process, denoise)
+
+    def step(keys, state, t, s):
+        x = state.x
+        t, s = batch_time(t, x), batch_time(s, x)
+        start, inside = _half_log_snr(process, t), _between(process, t, s)
+        h = inside.h
+
+        def eps(x, x0, time):
+            alpha, sigma = process.marginal(time)
+            return lincomb((1 / sigma, x), (-alpha / sigma, x0))
+
+        def ddim_to(time):
+            (_, sigma_t), (alpha, sigma) = process.marginal(t), process.marginal(time)
+            gain = -alpha * jnp.expm1(start - _half_log_snr(process, time))
+            return sigma, [(sigma / sigma_t, x), (gain, x0)]
+
+        x0 = call(denoise, x, t)
+        first = eps(x, x0, t)
+        slope = lambda x, time: lincomb((1.0, eps(x, call(denoise, x, time), time)), (-1.0, first))
+        if order == 2:
+            u = inside.at(1 / 2)
+            difference = slope(lincomb(*ddim_to(u)[1]), u)
+            sigma, terms = ddim_to(s)
+            return State(lincomb(*terms, (-sigma * jnp.expm1(h), difference)))
+        u, v = inside.at(1 / 3), inside.at(2 / 3)
+        difference = slope(lincomb(*ddim_to(u)[1]), u)
+        sigma, terms = ddim_to(v)
+        difference = slope(lincomb(*terms, (-2 * sigma * _expm1_over(2 * h / 3), difference)), v)
+        sigma, terms = ddim_to(s)
+        return State(lincomb(*terms, (-1.5 * sigma * _expm1_over(h), difference)))
+
+    return Solver(State, step, order)
+
+
+def dpmpp_2s(process: Process, denoise: Field) -> Solver:
+    """Return DPM-Solver++(2S), the exponential midpoint rule in log-SNR. Order 2, two evaluations a step.
+
+    Lu et al. 2022 (arXiv 2211.01095), alg. 1 with r = 1/2: DDIM from t to u, in the middle of [l_t, l_s], then over the
+    whole step with x_0(x_u, u) in the place of x_0(x_t, t). A step from alpha = 0 is DDIM.
 
     Args:
       process: the forward process.
       denoise: an x0-field.
     """
 
-    def init(x):
-        return State(x, (jax.tree.map(jnp.zeros_like, x), full_like_batch(x, jnp.inf)))
-
-    def step(key, state, t, s):
-        x, (x0_before, h_before) = state
+    def step(keys, state, t, s):
+        x = state.x
         t, s = batch_time(t, x), batch_time(s, x)
+        start, inside = _half_log_snr(process, t), _between(process, t, s)
         (_, sigma_t), (alpha_s, sigma_s) = process.marginal(t), process.marginal(s)
-        h = 0.5 * (log_snr(process, s) - log_snr(process, t))
+        u = inside.at(1 / 2)
+        alpha_u, sigma_u = process.marginal(u)
         x0 = call(denoise, x, t)
-        # h' is infinite before the first step and after one from alpha = 0: the correction vanishes, as it should.
-        slope = jnp.where(jnp.isfinite(h), h, 0) / (2 * h_before)
-        gain = -alpha_s * jnp.expm1(-h)
-        x = lincomb((sigma_s / sigma_t, x), (gain * (1 + slope), x0), (-gain * slope, x0_before))
-        # The zero makes h vary over devices as x does, as shard_map asks of what is carried.
-        return State(x, (x0, h + full_like_batch(x, 0)))
+        gain = -alpha_u * jnp.expm1(start - _half_log_snr(process, u))
+        middle = call(denoise, lincomb((sigma_u / sigma_t, x), (gain, x0)), u)
+        gain = -alpha_s * jnp.expm1(start - _half_log_snr(process, s))
+        own = jnp.where(inside.finite, 0.0, 1.0)
+        return State(lincomb((sigma_s / sigma_t, x), (gain * (1 - own), middle), (gain * own, x0)))
 
-    return Solver(init, step, 2)
+    return Solver(State, step, 2)
+
+
+class _Between(NamedTuple):
+    """The step from t to s in half log-SNR; from alpha = 0 it is infinitely long, and h is 0 instead."""
+
+    h: Array
+    finite: Array
+    at: Callable[[float], Array]
+    """Fraction -> time there; s where the step is infinitely long."""
+
+
+def _between(process, t, s):
+    start, end = _half_log_snr(process, t), _half_log_snr(process, s)
+    finite = jnp.isfinite(start)
+    h = jnp.where(finite, end - start, 0)
+    return _Between(h, finite, lambda fraction: time_at(process, 2 * (end - (1 - fraction) * h)))
+
+
+def _half_log_snr(process, t):
+    return 0.5 * log_snr(process, t)
+
+
+def _expm1_over(h):
+    """(e^h - 1)/h - 1, by its series where the difference would lose digits."""
+    small = jnp.abs(h) < 1e-2
+    safe = jnp.where(small, 1, h)
+    series = h / 2 * (1 + h / 3 * (1 + h / 4 * (1 + h / 5)))
+    return jnp.where(small, series, jnp.expm1(safe) / safe - 1)
