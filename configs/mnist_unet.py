@@ -3,7 +3,7 @@
     TFDS_DATA_DIR=... python -m experiments.train --config configs/mnist_unet.py --workdir runs/mnist_smooth
     TFDS_DATA_DIR=... python -m experiments.train --config configs/mnist_unet.py --workdir runs/mnist_positional \
         --set 'network.options={"size": "small", "channels": 16, "multipliers": [1, 1, 2], "embedding": "positional"}'
-    python -m benchmarks.likelihood_pareto --workdir runs/mnist_smooth runs/mnist_positional --truth 1e-6 --repeats 1
+    python -m benchmarks.likelihood_pareto --workdir runs/mnist_smooth runs/mnist_positional --single --truth 1e-6
 
 Two trainings that differ in the embedding alone: smooth in log-SNR, and sinusoids of 999 t as published in 2021.
 """

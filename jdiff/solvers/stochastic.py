@@ -108,21 +108,26 @@ def edm(
         t, s = batch_time(t, x), batch_time(s, x)
         if churn > 0:
             alpha, sigma = process.marginal(t)
-            inside = (s_min * alpha <= sigma) & (sigma <= s_max * alpha) & (alpha > 0)
             # Where alpha = 0 there is no more noise to go back to.
-            rho = jnp.where(inside, sigma / jnp.where(alpha > 0, alpha, 1), 1)
+            inside = (s_min * alpha <= sigma) & (sigma <= s_max * alpha) & (alpha > 0)
+            alpha = jnp.where(inside, alpha, 1)
+            rho = jnp.where(inside, sigma, 1) / alpha
             back = jnp.where(inside, time_at(process, -2 * jnp.log((1 + churn) * rho)), t)
             alpha_back, sigma_back = process.marginal(back)
-            added = jnp.sqrt(jnp.maximum(sigma_back**2 - (alpha_back * rho) ** 2, 0)) * inside.astype(t.dtype)
-            scale = jnp.where(inside, alpha_back / jnp.where(alpha > 0, alpha, 1), 1)
+            variance = sigma_back**2 - (alpha_back * rho) ** 2
+            some = inside & (variance > 0)
+            added = jnp.where(some, jnp.sqrt(jnp.where(some, variance, 1)), 0)
+            scale = jnp.where(inside, alpha_back / alpha, 1)
             x, t = lincomb((scale, x), (s_noise * added, noise(keys, x, t, s))), back
         (alpha_t, sigma_t), (alpha_s, sigma_s) = process.marginal(t), process.marginal(s)
+        h = 0.5 * (log_snr(process, s) - log_snr(process, t))
         x0 = call(denoise, x, t)
-        euler = lincomb((sigma_s / sigma_t, x), (alpha_s - alpha_t * sigma_s / sigma_t, x0))
-        ends = (alpha_t > 0) & (sigma_s > 0)
-        safe = jnp.where(ends, sigma_s, 1)
+        # Euler's method in rho is DDIM.
+        euler = lincomb((sigma_s / sigma_t, x), (-alpha_s * jnp.expm1(-h), x0))
         # alpha_s (rho_s - rho_t) / 2, times the change of the noise prediction.
-        half = jnp.where(ends, 0.5 * (sigma_s - alpha_s * sigma_t / jnp.where(ends, alpha_t, 1)), 0)
+        whole = jnp.isfinite(h)
+        half = -0.5 * sigma_s * jnp.expm1(jnp.where(whole, h, 0))
+        safe = jnp.where(whole, sigma_s, 1)
         after = call(denoise, euler, s)
         return State(
             lincomb(
