@@ -35,7 +35,8 @@ def dpmpp_2m(process: Process, denoise: Field, eta: Array | float = 0.0, *, nois
     x_s = sigma_s/sigma_t e^(-eta^2 h) x_t + alpha_s (1 - e^(-(1 + eta^2) h)) D + sigma_s sqrt(1 - e^(-2 eta^2 h)) z,
 
     D = x_0(t) + h / (2 h') (x_0(t) - x_0(t')), where t' is the previous time and h' = l_t - l_t'. The first step, and a
-    step from alpha = 0, has D = x_0(t): DDIM where eta is 0 or 1. With noise the weak order is 2.
+    step from alpha = 0, has D = x_0(t): DDIM where eta is 0 or 1. With noise the weak order
+    measured on Gaussian data is 2.
 
     Args:
       process: the forward process.
@@ -71,8 +72,8 @@ def exponential_adams(
     eta g:
 
     x_s = sigma_s/sigma_t e^(-eta^2 h) x_t + alpha_s int_0^h k e^(-k (h - u)) P(u) du + sigma_s sqrt(1 - e^(-2 eta^2 h))
-    z, k = 1 + eta^2. Derived in docs/mathematics.md; order 1 is DDIM where eta is 0 or 1. With noise the weak order is
-    2 at most.
+    z, k = 1 + eta^2. Derived in docs/mathematics.md; order 1 is DDIM where eta is 0 or 1. With noise `order` is at most
+    2, the weak order measured on Gaussian data.
 
     Args:
       process: the forward process.
