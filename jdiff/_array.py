@@ -96,6 +96,16 @@ def lincomb(*terms: tuple[Array | float, PyTree]) -> PyTree:
     return jax.tree.map(leaf, *states)
 
 
+def add_zero(x: PyTree, zero: Array) -> PyTree:
+    """Add a (batch,) array of zeros to a state, which then varies over devices as the zeros do."""
+    return jax.tree.map(lambda leaf: leaf + expand(zero, leaf), x)
+
+
+def select(where: Array, new: PyTree, old: PyTree) -> PyTree:
+    """Return the examples of `new` where a (batch,) array of booleans is true, else those of `old`."""
+    return jax.tree.map(lambda a, b: jnp.where(expand(where, a).astype(bool), a, b), new, old)
+
+
 def call(field: Field, x: PyTree, t: Array) -> PyTree:
     """Call a field by the contract: t of shape (batch,) in x's dtype, a result like x.
 

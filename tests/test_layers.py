@@ -18,7 +18,7 @@ ROOMS = {
     "sde": BELOW | {"processes", "predictions"},
     **dict.fromkeys(["solvers", "guidance", "losses"], BELOW | {"processes", "predictions", "sde"}),
     **dict.fromkeys(
-        ["sampling", "likelihood"],
+        ["sampling", "likelihood", "grid_search"],
         BELOW | {"processes", "predictions", "sde", "solvers", "guidance", "losses"},
     ),
     "levels": BELOW | {"processes", "predictions"},

@@ -16,6 +16,7 @@ TABLEAUS = {
     "bogacki_shampine": solvers.BOGACKI_SHAMPINE,
     "dormand_prince": solvers.DORMAND_PRINCE,
     "tsitouras": solvers.TSITOURAS,
+    "prince_dormand": solvers.PRINCE_DORMAND,
 }
 every_tableau = pytest.mark.parametrize("tableau", TABLEAUS.values(), ids=TABLEAUS)
 

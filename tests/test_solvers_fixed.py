@@ -105,13 +105,14 @@ def test_tableau(name):
     np.testing.assert_allclose(a.sum(axis=1), tableau.c, atol=1e-14)
     for order in range(1, tableau.order + 1):
         assert defect(b, a, order) < 5e-14, order
-    assert defect(b, a, tableau.order + 1) > 1e-4
+    # What is left shrinks with the order: 8e-6 for order 8.
+    assert defect(b, a, tableau.order + 1) > (1e-4 if tableau.order < 8 else 1e-6)
     if tableau.error is not None:
         embedded = b - np.array(tableau.error)
         for order in range(1, tableau.order):
             assert defect(embedded, a, order) < 5e-14, order
         # If the embedded weights had the full order, the difference would estimate nothing.
-        assert defect(embedded, a, tableau.order) > 1e-4
+        assert defect(embedded, a, tableau.order) > (1e-4 if tableau.order < 8 else 1e-6)
     assert tableau.fsal == (stages > 1 and np.array_equal(a[-1], b) and b[-1] == 0)
 
 
@@ -216,6 +217,28 @@ def test_ancestral_is_the_ddpm_posterior_of_a_discrete_schedule(x64):
         for variance, value in (("small", small), ("large", large)):
             solver = solvers.ancestral(Discrete(), denoise, variance=variance)
             close(one_step(solver, x, float(n), n - 1.0, keys), mean + np.sqrt(value) * z)
+
+
+@every_process
+def test_ancestral_learned_variance(process, x64):
+    """The field's second output goes from the small to the large variance in logarithms, entry by entry."""
+    _, t, s = inner_times(process)
+    x, keys = state(), jax.random.split(KEY, 3)
+    share = jnp.linspace(0.0, 1.0, x.size).reshape(x.shape)
+    both = lambda x, t: (denoise(x, t), share)
+    got = one_step(solvers.ancestral(process, both, variance="learned"), x, t, s, keys)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = process.marginal(t), process.marginal(s)
+    z, r2 = normal_like(keys, x), (alpha_t * sigma_s / alpha_s / sigma_t) ** 2
+    beta, posterior = sigma_t**2 * (1 - r2), sigma_s**2 * (1 - r2)
+    std = np.sqrt(np.exp(share * np.log(beta) + (1 - share) * np.log(posterior)))
+    mean = alpha_t / alpha_s * sigma_s**2 / sigma_t**2 * x + alpha_s * (1 - r2) * denoise(x, jnp.full(3, t))
+    close(got, mean + std * z)
+    for name, value in (("small", 0.0), ("large", 1.0)):
+        ends = lambda x, t, value=value: (denoise(x, t), jnp.full_like(x, value))
+        same = one_step(solvers.ancestral(process, denoise, variance=name), x, t, s, keys)
+        close(one_step(solvers.ancestral(process, ends, variance="learned"), x, t, s, keys), same)
+    with pytest.raises(ValueError, match="shape"):
+        one_step(solvers.ancestral(process, denoise, variance="learned"), x, t, s, keys)
 
 
 @every_process

@@ -1,6 +1,14 @@
 """Solvers: pure (init, step) pairs run by `integrate`, and the adaptive integrator."""
 
-from jdiff.solvers.adaptive import BOGACKI_SHAMPINE, DORMAND_PRINCE, TSITOURAS, Solution, integrate_adaptive
+from jdiff.solvers.adaptive import (
+    BOGACKI_SHAMPINE,
+    DORMAND_PRINCE,
+    PRINCE_DORMAND,
+    TSITOURAS,
+    Solution,
+    integrate_adaptive,
+)
+from jdiff.solvers.adaptive_sde import integrate_adaptive_sde
 from jdiff.solvers.base import Noise, Solver, State, integrate, white
 from jdiff.solvers.brownian import brownian
 from jdiff.solvers.corrector import langevin, predictor_corrector
@@ -14,6 +22,7 @@ from jdiff.solvers.tableaus import Tableau
 __all__ = [
     "BOGACKI_SHAMPINE",
     "DORMAND_PRINCE",
+    "PRINCE_DORMAND",
     "TSITOURAS",
     "Noise",
     "Solution",
@@ -35,6 +44,7 @@ __all__ = [
     "heun",
     "integrate",
     "integrate_adaptive",
+    "integrate_adaptive_sde",
     "langevin",
     "midpoint",
     "predictor_corrector",

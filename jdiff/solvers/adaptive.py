@@ -8,13 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdiff._array import batch_time, call, check_state, expand, full_like_batch, is_concrete, lincomb, mean_event
+from jdiff._array import (
+    add_zero,
+    batch_time,
+    call,
+    check_state,
+    full_like_batch,
+    is_concrete,
+    lincomb,
+    mean_event,
+    select,
+)
 from jdiff._typing import Array, PyTree
 from jdiff.sde import SDE
 from jdiff.solvers.ode import check_ode
-from jdiff.solvers.tableaus import BOGACKI_SHAMPINE, DORMAND_PRINCE, TSITOURAS, Tableau
+from jdiff.solvers.tableaus import BOGACKI_SHAMPINE, DORMAND_PRINCE, PRINCE_DORMAND, TSITOURAS, Tableau
 
-__all__ = ["BOGACKI_SHAMPINE", "DORMAND_PRINCE", "TSITOURAS", "Solution", "integrate_adaptive"]
+__all__ = ["BOGACKI_SHAMPINE", "DORMAND_PRINCE", "PRINCE_DORMAND", "TSITOURAS", "Solution", "integrate_adaptive"]
 
 # Proportional-integral step control, Gustafsson 1991 (ACM TOMS 17(4)); exponents over the order of the error estimate.
 _PROPORTIONAL, _INTEGRAL = 0.7, 0.4
@@ -76,7 +86,7 @@ def integrate_adaptive(
       t1: end, scalar or (batch,).
       rtol: relative tolerance.
       atol: absolute tolerance.
-      tableau: a pair with an error estimate (BOGACKI_SHAMPINE, DORMAND_PRINCE, TSITOURAS).
+      tableau: a pair with an error estimate (BOGACKI_SHAMPINE, DORMAND_PRINCE, TSITOURAS, PRINCE_DORMAND).
       max_steps: cap on the steps of one example, accepted and rejected; reaching it sets `failed`.
       axis_name: inside shard_map or pmap, for a drift that itself communicates: all devices then do the same number of
         iterations.
@@ -102,7 +112,7 @@ def integrate_adaptive(
     # Adding a zero of x makes every carry vary over devices as x does, which shard_map checks, whatever the drift is.
     zero = sum(full_like_batch(leaf, 0).astype(t0.dtype) for leaf in jax.tree.leaves(x))
     t0, t1 = t0 + zero, t1 + zero
-    x = _add(x, zero)
+    x = add_zero(x, zero)
     direction = jnp.sign(t1 - t0)
     exponent, eps = 1 / tableau.order, jnp.finfo(t0.dtype).eps
 
@@ -117,7 +127,7 @@ def integrate_adaptive(
         return jnp.where(jnp.isfinite(largest), largest, jnp.inf)
 
     def drift(x, t):
-        return _add(call(ode.drift, x, t), zero)
+        return add_zero(call(ode.drift, x, t), zero)
 
     count = len(tableau.b)
     table = np.zeros((count, count))
@@ -179,8 +189,8 @@ def integrate_adaptive(
         slope = jax.tree.map(lambda k: k[jnp.where(starting, 0, count - 1)], slopes)
         error = jnp.where(first, error, jnp.where(second, 1, jnp.where(accept, jnp.maximum(safe, 1e-4), carry.error)))
         return _Carry(
-            x=_select(accept, x_new, carry.x),
-            slope=_select(accept | starting, slope, carry.slope),
+            x=select(accept, x_new, carry.x),
+            slope=select(accept | starting, slope, carry.slope),
             t=jnp.where(accept, jnp.where(last, t1, carry.t + h), carry.t),
             h=jax.lax.stop_gradient(jnp.where(carry.active, h_next, carry.h)),
             error=jax.lax.stop_gradient(error),
@@ -236,11 +246,3 @@ def _weighted(weights, slopes):
         return jnp.sum(w * k, axis=0)
 
     return jax.tree.map(leaf, slopes)
-
-
-def _add(x, zero):
-    return jax.tree.map(lambda leaf: leaf + expand(zero, leaf), x)
-
-
-def _select(where, new, old):
-    return jax.tree.map(lambda a, b: jnp.where(expand(where, a).astype(bool), a, b), new, old)

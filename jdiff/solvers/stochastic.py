@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import batch_time, call, lincomb
+from jdiff._array import batch_time, call, expand, lincomb
 from jdiff._typing import Field, Process
 from jdiff.processes import log_snr, time_at
 from jdiff.sde import SDE
@@ -143,7 +143,11 @@ def edm(
 
 
 def ancestral(
-    process: Process, denoise: Field, *, variance: Literal["small", "large"] = "small", noise: Noise = white
+    process: Process,
+    denoise: Field,
+    *,
+    variance: Literal["small", "large", "learned"] = "small",
+    noise: Noise = white,
 ) -> Solver:
     """Return ancestral sampling x_s ~ q(x_s | x_t, x_0 = denoise(x_t, t)), s < t. Weak order 1, one evaluation a step.
 
@@ -151,17 +155,20 @@ def ancestral(
     (1 - r^2) x_0 and the variance sigma_s^2 (1 - r^2) ("small", the posterior's) or sigma_t^2 (1 - r^2) ("large", of
     q(x_t | x_s)). Ho et al. 2020 (arXiv 2006.11239), eqs. 6, 7 and section 3.2, in continuous time on any process.
 
+    "learned" interpolates between the two in logarithms, entry by entry, by a second output v of the field:
+    variance = large^v small^(1 - v) (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15).
+
     Args:
       process: the forward process.
-      denoise: an x0-field.
-      variance: the two choices of Ho et al. 2020.
+      denoise: an x0-field; with variance="learned" (x, t) -> (x_0, v), both like x.
+      variance: which of the three.
       noise: where unit normals come from.
 
     Raises:
       ValueError: unknown variance.
     """
-    if variance not in ("small", "large"):
-        raise ValueError(f"unknown variance {variance!r}; choose 'small' or 'large'")
+    if variance not in ("small", "large", "learned"):
+        raise ValueError(f"unknown variance {variance!r}; choose 'small', 'large' or 'learned'")
 
     def step(keys, state, t, s):
         x = state.x
@@ -169,14 +176,15 @@ def ancestral(
         (_, sigma_t), (alpha_s, sigma_s) = process.marginal(t), process.marginal(s)
         log_r2 = log_snr(process, t) - log_snr(process, s)
         rest = -jnp.expm1(log_r2)
-        std = jnp.sqrt(rest) * (sigma_s if variance == "small" else sigma_t)
-        x0 = call(denoise, x, t)
-        return State(
-            lincomb(
-                (sigma_s / sigma_t * jnp.exp(0.5 * log_r2), x),
-                (alpha_s * rest, x0),
-                (std, noise(keys, x, t, s)),
-            )
-        )
+        std = jnp.sqrt(rest) * (sigma_t if variance == "large" else sigma_s)
+        z = noise(keys, x, t, s)
+        if variance == "learned":
+            # As one field whose state is a pair, so that both outputs are checked.
+            x0, v = call(lambda pair, t: denoise(pair[0], t), (x, x), t)
+            ratio = jnp.log(sigma_t / sigma_s)
+            z = jax.tree.map(lambda v, z: jnp.exp(v * expand(ratio, v)) * z, v, z)
+        else:
+            x0 = call(denoise, x, t)
+        return State(lincomb((sigma_s / sigma_t * jnp.exp(0.5 * log_r2), x), (alpha_s * rest, x0), (std, z)))
 
     return Solver(State, step, 1)

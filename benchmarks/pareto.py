@@ -1,0 +1,424 @@
+"""Quality of samples against model evaluations: solvers x grids x budgets, on targets whose fields are known exactly.
+
+    python -m benchmarks.pareto [--targets gaussian checkerboard mixture] [--solvers ...] [--grids ...] [--budgets ...]
+    TFDS_DATA_DIR=... python -m benchmarks.pareto --targets mnist --workdir runs/mnist_smooth
+
+gaussian: 64-D, moments of the 8x8 digits; the samples' law is found exactly (the solvers are affine there), and with it
+the Wasserstein-2 distance and the KL divergence. checkerboard: 2-D, 72 Gaussians; energy distance and the sample
+Wasserstein-2 distance. mixture: 64-D, 50 Gaussians fitted to the digits; energy distance. mnist: a trained network;
+energy and Frechet distance in the features of a small classifier trained here. "+ error": the same field with a smooth
+error of known size added to it. Targets are those at t_min, so that an exact solver has no error at all. Errors are
+standard errors over keys. CSV, PNG and Markdown go to the output folder.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import math
+import pathlib
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
+
+from benchmarks import common, mnist_features
+from experiments import build, pictures
+from jdiff import analytic, data, grid_search, metrics, processes, reverse, solvers, times
+from jdiff.sde import probability_flow
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+PROCESS = processes.VP(t_min=1e-3)
+BUDGETS = (5, 8, 10, 15, 20, 35, 50, 100, 250, 1000)
+KEYS, PER_KEY = 4, 1000
+CANDIDATES = 128
+
+flow = lambda p, f: probability_flow(p, f, predict="x0")
+backwards = lambda p, f: reverse(p, f, predict="x0")
+
+
+class Case(NamedTuple):
+    """A solver in the picture: make(process, x0-field, steps, noise), its evaluations a step; whether it is noisy."""
+
+    make: Callable
+    cost: int = 1
+    noisy: bool = False
+
+
+CASES = {
+    "euler": Case(lambda p, f, n, z: solvers.euler(flow(p, f))),
+    "heun in t": Case(lambda p, f, n, z: solvers.heun(flow(p, f)), 2),
+    "rk4 in t": Case(lambda p, f, n, z: solvers.rk4(flow(p, f)), 4),
+    "edm": Case(lambda p, f, n, z: solvers.edm(p, f), 2),
+    "ddim": Case(lambda p, f, n, z: solvers.ddim(p, f)),
+    "dpm_solver-2": Case(lambda p, f, n, z: solvers.dpm_solver(p, f, 2), 2),
+    "dpm_solver-3": Case(lambda p, f, n, z: solvers.dpm_solver(p, f, 3), 3),
+    "dpmpp_2s": Case(lambda p, f, n, z: solvers.dpmpp_2s(p, f), 2),
+    "dpmpp_2m": Case(lambda p, f, n, z: solvers.dpmpp_2m(p, f)),
+    "dpmpp_3m": Case(lambda p, f, n, z: solvers.dpmpp_3m(p, f)),
+    "deis-3": Case(lambda p, f, n, z: solvers.deis(p, f, 3)),
+    "unipc-2": Case(lambda p, f, n, z: solvers.unipc(p, f, 2)),
+    "unipc-3": Case(lambda p, f, n, z: solvers.unipc(p, f, 3)),
+    "euler_maruyama": Case(lambda p, f, n, z: solvers.euler_maruyama(backwards(p, f), noise=z), noisy=True),
+    "stochastic_heun": Case(lambda p, f, n, z: solvers.stochastic_heun(backwards(p, f), noise=z), 2, noisy=True),
+    "ancestral": Case(lambda p, f, n, z: solvers.ancestral(p, f, noise=z), noisy=True),
+    "ancestral, large": Case(lambda p, f, n, z: solvers.ancestral(p, f, variance="large", noise=z), noisy=True),
+    "ddim, eta = 0.5": Case(lambda p, f, n, z: solvers.ddim(p, f, 0.5, noise=z), noisy=True),
+    "edm, churn 40": Case(
+        lambda p, f, n, z: solvers.edm(p, f, churn=min(40 / n, math.sqrt(2) - 1), noise=z), 2, noisy=True
+    ),
+    "dpmpp_2m_sde": Case(lambda p, f, n, z: solvers.dpmpp_2m(p, f, 1.0, noise=z), noisy=True),
+    "dpmpp_3m_sde": Case(lambda p, f, n, z: solvers.dpmpp_3m(p, f, 1.0, noise=z), noisy=True),
+}
+# Beyond 100 evaluations only these go on: the others have arrived.
+LONG = ("ddim", "dpmpp_2m", "euler_maruyama", "ancestral", "ancestral, large")
+GRIDS = {
+    "linear": times.linear,
+    "quadratic": times.quadratic,
+    "uniform_log_snr": times.uniform_log_snr,
+    "karras": times.karras,
+}
+# Found for each field and number of steps from states on fine paths; in the table as a grid of its own.
+SEARCHED = "searched"
+ON_MNIST = ("ddim", "edm", "dpmpp_2m", "dpmpp_3m", "unipc-2", "ancestral", "dpmpp_2m_sde", "ddim, eta = 0.5")
+
+
+def main() -> None:
+    """Measure, print, and write the table and the pictures."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--targets", nargs="+", default=["gaussian", "checkerboard", "mixture"])
+    parser.add_argument("--solvers", nargs="+", default=None, choices=list(CASES))
+    parser.add_argument("--grids", nargs="+", default=[*GRIDS, SEARCHED])
+    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
+    parser.add_argument("--workdir", default="runs/mnist_smooth", help="of --targets mnist")
+    parser.add_argument("--images", type=int, default=128, help="of --targets mnist, for each of four keys")
+    options = common.parse(parser)
+    folder = pathlib.Path(options.out)
+    for target in options.targets:
+        rows = []
+        for row in _mnist(options) if target == "mnist" else _analytic(target, options):
+            rows.append(row)
+            print({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        name = f"pareto_{target}"
+        with open(folder / f"{name}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        (folder / f"{name}.md").write_text(markdown(rows))
+        picture(folder / f"{name}.png", rows)
+        common.write(options, name, {"rows": len(rows), "budgets": list(options.budgets)})
+
+
+def _analytic(target, options):
+    """Yield the rows of a target with known fields."""
+    exact, draw, shape = TARGETS[target]()
+    for name, field in {"exact": exact.denoise, "+ error": wrong(exact.denoise)}.items():
+        if target == "gaussian" and name != "exact":
+            continue  # its error is not affine
+        judge = _moments if target == "gaussian" else functools.partial(_samples, reference=draw, w2=len(shape) == 1)
+        candidates, path = _fine_path(field, shape)
+        for solver in options.solvers or CASES:
+            case = CASES[solver]
+            programs = {}
+            for grid in options.grids if name == "exact" else ("uniform_log_snr",):
+                for budget in options.budgets:
+                    steps = budget // case.cost
+                    if steps < 1 or (budget > 100 and solver not in LONG):
+                        continue
+                    ts = _grid(
+                        grid, field, path, candidates, steps, case.noisy, 1 if solver in ("euler", "ddim") else 2
+                    )
+                    if ts is None:
+                        continue
+                    yield (
+                        {"target": target, "field": name, "solver": solver, "grid": grid, "evaluations": budget}
+                        | {"steps": steps}
+                        | judge(case, field, exact, shape, ts, programs)
+                    )
+
+
+def _grid(grid, field, path, candidates, steps, noisy, order):
+    if grid != SEARCHED:
+        return GRIDS[grid](PROCESS, steps)
+    if steps >= CANDIDATES:
+        return None
+    return _search(field, *(("kl", 1) if noisy else ("error", order)))(path, candidates, steps)
+
+
+@functools.cache
+def _search(field, criterion, order):
+    search = lambda path, ts, n: grid_search.best_grid(
+        jax.random.key(78), PROCESS, field, path, ts, n, criterion=criterion, order=order
+    )
+    return jax.jit(search, static_argnums=2)
+
+
+def _fine_path(field, shape):
+    """Return candidates, and the flow's states there: 128 paths by Heun's method of EDM."""
+    ts = times.uniform_log_snr(PROCESS, CANDIDATES)
+    x = processes.prior_sample(jax.random.key(77), PROCESS, (128, *shape))
+    solver = solvers.edm(PROCESS, field)
+    return ts, jax.jit(lambda x, ts: solvers.integrate(None, solver, x, ts, path=True)[1])(x, ts)
+
+
+def _run(case, field, steps, programs, keys, x, ts):
+    """Return the samples, seconds to compile and seconds of a call. One program for each number of steps."""
+    if steps not in programs:
+        start = time.perf_counter()
+        solver = case.make(PROCESS, field, steps, solvers.white)
+        program = jax.jit(lambda keys, x, ts: solvers.integrate(keys, solver, x, ts)[0]).lower(keys, x, ts).compile()
+        programs[steps] = program, time.perf_counter() - start
+    program, compiling = programs[steps]
+    start = time.perf_counter()
+    x = jax.block_until_ready(program(keys, x, ts))
+    return x, compiling, time.perf_counter() - start
+
+
+def _samples(case, field, exact, shape, ts, programs, *, reference, w2):
+    """Energy distance, and Wasserstein-2 by optimal assignment, of samples to as many of the target, per key."""
+    keys = jax.random.split(jax.random.key(5), KEYS * PER_KEY)
+    x = processes.prior_sample(keys, PROCESS, (KEYS * PER_KEY, *shape))
+    x, compiling, seconds = _run(case, field, len(ts) - 1, programs, keys, x, ts)
+    parts, wanted = x.reshape(KEYS, PER_KEY, *shape), reference().reshape(KEYS, PER_KEY, *shape)
+    row = _with_error("energy", [float(_energy(a, b)) for a, b in zip(parts, wanted)])
+    if w2:
+        row |= _with_error("w2", [_assignment(a, b) for a, b in zip(parts, wanted)])
+    return row | {"compile_seconds": compiling, "seconds": seconds}
+
+
+_energy = jax.jit(metrics.energy_distance)
+
+
+def _assignment(x, y):
+    costs = cdist(np.asarray(x), np.asarray(y), "sqeuclidean")
+    return math.sqrt(costs[linear_sum_assignment(costs)].mean())
+
+
+def _with_error(name, values):
+    return {name: float(np.mean(values)), f"{name}_error": float(np.std(values, ddof=1) / math.sqrt(len(values)))}
+
+
+def _moments(case, field, exact, shape, ts, programs):
+    """Wasserstein-2 and KL of the samples' exact law, N(b, diag(a^2 + sum_k c_k^2)), to the target's.
+
+    The target's coordinates are independent, so a solver maps them one by one: x_end = a x + b + sum_k c_k z_k. Its
+    derivatives by the start and by the noises of all steps are a and c.
+    """
+    steps = len(ts) - 1
+    if steps not in programs:
+
+        def end(x, z, ts):
+            noise = lambda keys, x, t, s: z[jnp.argmin(jnp.abs(ts[:-1] - t[0]))][None]
+            return solvers.integrate(None, case.make(PROCESS, field, steps, noise), x, ts)[0]
+
+        def law(ts):
+            x, z = jnp.zeros((1, *shape)), jnp.zeros((steps, *shape))
+            mean, back = jax.vjp(lambda x, z: end(x, z, ts), x, z)
+            a, c = back(jnp.ones_like(mean))
+            return mean[0], a[0] ** 2 + jnp.sum(c**2, axis=0)
+
+        start = time.perf_counter()
+        programs[steps] = jax.jit(law).lower(ts).compile(), time.perf_counter() - start
+    program, compiling = programs[steps]
+    start = time.perf_counter()
+    mean, variance = jax.block_until_ready(program(ts))
+    seconds = time.perf_counter() - start
+    alpha, sigma = (float(c) for c in PROCESS.marginal(ts[-1]))
+    want_mean, want = alpha * _digits_moments()[0], (alpha * _digits_moments()[1]) ** 2 + sigma**2
+    mean, variance = np.asarray(mean, np.float64), np.asarray(variance, np.float64)
+    w2 = math.sqrt(np.sum((mean - want_mean) ** 2) + np.sum((np.sqrt(variance) - np.sqrt(want)) ** 2))
+    ratio = variance / want
+    kl = 0.5 * float(np.sum(ratio - 1 - np.log(ratio) + (mean - want_mean) ** 2 / want))
+    return {"w2": w2, "kl": kl, "compile_seconds": compiling, "seconds": seconds}
+
+
+def wrong(denoise, size=0.1):
+    """Return the field with an error of RMS `size` in the velocity: x_0 + size sigma sqrt(2) sin(5 W x + phase)."""
+
+    def field(x, t):
+        width = x.shape[-1]
+        rng = np.random.default_rng(0)
+        mix = jnp.asarray(np.linalg.qr(rng.normal(size=(width, width)))[0], x.dtype)
+        phase = jnp.asarray(rng.uniform(0, 2 * np.pi, width), x.dtype)
+        _, sigma = PROCESS.marginal(t)
+        return denoise(x, t) + size * math.sqrt(2) * sigma[:, None] * jnp.sin(5 * x @ mix + phase[None])
+
+    return field
+
+
+@functools.cache
+def _digits():
+    """Return the training digits in [-1, 1], (1350, 64)."""
+    images = data.load("digits", "train").arrays()["image"].reshape(-1, 64)
+    return images / 8.0 - 1
+
+
+@functools.cache
+def _digits_moments():
+    x = _digits()
+    values, vectors = np.linalg.eigh(np.cov(x, rowvar=False))
+    # In the basis of the principal components, in which the process is the same.
+    return vectors.T @ x.mean(axis=0), np.sqrt(np.maximum(values, 1e-4))
+
+
+def gaussian():
+    """Return the Gaussian of the digits' moments, its draws and its shape."""
+    mean, std = (jnp.asarray(a, jnp.float32) for a in _digits_moments())
+    return analytic.gaussian(PROCESS, mean, std), None, (64,)
+
+
+def _mixture(weights, means, stds):
+    exact = analytic.gaussian_mixture(PROCESS, weights, means, stds)
+    shape = means.shape[1:]
+
+    @functools.cache
+    def draw():
+        """Independent samples of the target at t_min."""
+        x0 = exact.sample(jax.random.key(99), KEYS * PER_KEY)
+        eps = jax.random.normal(jax.random.key(98), x0.shape)
+        return processes.perturb(PROCESS, x0, eps, PROCESS.t_min)
+
+    return exact, draw, shape
+
+
+def checkerboard():
+    """Return 8 squares of a 4x4 board in [-2, 2]^2, nine Gaussians each."""
+    offsets = (np.arange(3) - 1) / 3
+    centers = [
+        (i - 1.5 + dx, j - 1.5 + dy)
+        for i in range(4)
+        for j in range(4)
+        if (i + j) % 2
+        for dx in offsets
+        for dy in offsets
+    ]
+    means = jnp.asarray(np.array(centers) / 1.2, jnp.float32)
+    return _mixture(jnp.ones(len(means)), means, 0.12)
+
+
+def mixture():
+    """Return 50 spherical Gaussians fitted to the digits."""
+    from sklearn.mixture import GaussianMixture
+
+    fit = GaussianMixture(50, covariance_type="spherical", random_state=0, reg_covar=1e-3).fit(_digits())
+    weights, means, stds = fit.weights_, fit.means_, np.sqrt(fit.covariances_)
+    return _mixture(*(jnp.asarray(a, jnp.float32) for a in (weights, means, stds)))
+
+
+TARGETS = {"gaussian": gaussian, "checkerboard": checkerboard, "mixture": mixture}
+
+
+def _mnist(options):
+    """Yield the rows of a trained network: one program for each solver, started from the same keys."""
+    config, process, field, trained, source = common.trained_model(options.workdir)
+    transform, shape = trained.model.transform, source.shape
+    features, accuracy = mnist_features.train()
+    print(f"classifier of the features: {accuracy:.4f} of the test images right", flush=True)
+    count = KEYS * options.images
+    real = data.load("mnist", "test").arrays()["image"]
+    real = np.asarray(features(real[:: len(real) // 5000][:5000]))
+    keys = jax.random.split(jax.random.key(6), count)
+    denoise = lambda params: build.denoiser(config, field(params))
+    t_min, folder = process.t_min, pathlib.Path(options.out)
+    for solver in options.solvers or ON_MNIST:
+        case = CASES[solver]
+        for grid in options.grids:
+            if grid == SEARCHED:
+                continue
+            for budget in options.budgets:
+                steps = budget // case.cost
+                if steps < 1 or (budget > 100 and solver != "ancestral"):
+                    continue
+                ts = GRIDS[grid](process, steps, t_min=t_min)
+
+                @jax.jit
+                def draw(params, keys, ts, case=case, steps=steps):
+                    x = processes.prior_sample(keys, process, (*keys.shape, *shape))
+                    made = case.make(process, denoise(params), steps, solvers.white)
+                    own = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+                    x, _ = solvers.integrate(own, made, x, ts)
+                    return denoise(params)(x, jnp.full(len(x), ts[-1]))
+
+                start = time.perf_counter()
+                program = draw.lower(trained.params, keys, ts).compile()
+                compiling = time.perf_counter() - start
+                start = time.perf_counter()
+                images = np.asarray(transform.inverse(jax.block_until_ready(program(trained.params, keys, ts))))
+                seconds = time.perf_counter() - start
+                pictures.grid(folder / f"mnist_{solver}_{grid}_{budget}.png", images[:32], transform.levels, columns=16)
+                found = np.asarray(features(images)).reshape(KEYS, options.images, -1)
+                row = {"target": "mnist", "field": "trained", "solver": solver, "grid": grid, "evaluations": budget}
+                row |= {"steps": steps} | _with_error("energy", [float(_energy(part, real)) for part in found])
+                row["frechet"] = float(metrics.frechet_distance(found.reshape(count, -1), real))
+                yield row | {"compile_seconds": compiling, "seconds": seconds}
+
+
+def markdown(rows):
+    """Return tables of the quality of every solver at its best grid, one a field: budgets across."""
+    measure = "w2" if "kl" in rows[0] else "energy"
+    lines = []
+    for field in dict.fromkeys(row["field"] for row in rows):
+        some = [row for row in rows if row["field"] == field]
+        budgets = sorted({row["evaluations"] for row in some})
+        lines += [f"{rows[0]['target']}, {field} field: {measure}, at the best grid", ""]
+        lines += ["| solver | " + " | ".join(map(str, budgets)) + " |", "| --- |" + " --- |" * len(budgets)]
+        for solver in dict.fromkeys(row["solver"] for row in some):
+            cells = []
+            for budget in budgets:
+                here = [row for row in some if row["solver"] == solver and row["evaluations"] == budget]
+                best = min(here, key=lambda row: row[measure], default=None)
+                error = f" +- {best[measure + '_error']:.1g}" if best and measure + "_error" in best else ""
+                cells.append(f"{best[measure]:.2g}{error} ({_SHORT[best['grid']]})" if best else "")
+            lines.append(f"| {solver} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+_SHORT = {"linear": "t", "quadratic": "q", "uniform_log_snr": "l", "karras": "k", SEARCHED: "s"}
+
+
+def picture(file, rows):
+    """Draw quality against evaluations: deterministic solvers, stochastic ones, and the grids of two solvers."""
+    measure = "w2" if "kl" in rows[0] else "energy"
+    figure, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained", sharex=True, sharey=True)
+    first = [row for row in rows if row["field"] in ("exact", "trained")]
+    for axis, noisy in zip(axes, (False, True)):
+        for solver in dict.fromkeys(row["solver"] for row in first if CASES[row["solver"]].noisy == noisy):
+            best = {}
+            for row in first:
+                if row["solver"] == solver:
+                    key = row["evaluations"]
+                    best[key] = min(best.get(key, math.inf), row[measure])
+            axis.plot(list(best), list(best.values()), ".-", label=solver)
+        axis.set(title=("stochastic" if noisy else "deterministic") + ", best grid")
+    styles = {"ddim": "-", "dpmpp_2m": "--", "ancestral": ":"}
+    for solver, style in styles.items():
+        for n, grid in enumerate(dict.fromkeys(row["grid"] for row in first)):
+            some = [row for row in first if row["solver"] == solver and row["grid"] == grid]
+            axes[2].plot([r["evaluations"] for r in some], [r[measure] for r in some], style, color=f"C{n}")
+            if solver == "ddim":
+                axes[2].plot([], [], color=f"C{n}", label=grid)
+    for solver, style in styles.items():
+        axes[2].plot([], [], "k" + style, label=solver)
+    axes[2].set(title="grids")
+    low = min(row[measure] for row in first)
+    for axis in axes:
+        axis.set(xscale="log", xlabel="model evaluations")
+        # Energy distances scatter around zero where there is nothing left to see.
+        axis.set_yscale("log") if low > 0 else axis.set_yscale("symlog", linthresh=1e-3)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, ncols=2)
+    axes[0].set_ylabel({"w2": "Wasserstein-2 distance", "energy": "squared energy distance"}[measure])
+    figure.savefig(file, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

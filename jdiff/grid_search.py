@@ -1,0 +1,153 @@
+"""Good sampling grids for a given field and number of steps."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jdiff._array import call, check_array, check_grid, is_concrete
+from jdiff._typing import Array, Field, Process
+from jdiff.processes import log_snr
+from jdiff.solvers.base import Solver, integrate
+
+__all__ = ["best_grid", "refine_grid", "step_costs"]
+
+# Levenberg-Marquardt: dampings tried in every iteration.
+_DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
+
+
+def best_grid(process: Process, denoise: Field, path: Array, ts: Array, n: int) -> Array:
+    """Return the n steps with the least KL divergence of their path: n + 1 of the times ts, both ends among them.
+
+    For stochastic solvers. Sabour et al. 2024 ('Align Your Steps', arXiv 2404.14507) lower the sum of `step_costs` by
+    gradients, time by time. With the times restricted to a fine set of candidates it has its global minimum by dynamic
+    programming, for every n, from one evaluation of the field for each state of the path.
+
+    Args:
+      process: the forward process.
+      denoise: an x0-field.
+      path: states of some samples at ts, shape (len(ts), batch, *event), of a fine solve of the reverse SDE, such as
+        `sample(..., path=True)` returns.
+      ts: candidates, decreasing; `times.uniform_log_snr(process, 128)` is a good set.
+      n: number of steps, at most len(ts) - 1.
+
+    Raises:
+      ValueError: n out of range, a grid that does not decrease or ends where sigma = 0, shapes that do not fit.
+      TypeError: path is not floating point.
+    """
+    costs = step_costs(process, denoise, path, ts)
+    count = len(ts)
+    if not 1 <= n < count:
+        raise ValueError(f"n must be from 1 to {count - 1}, the number of candidate steps; got {n}")
+    # best[j]: least cost of the way from 0 to j with the steps so far.
+    start = jnp.where(jnp.arange(count) == 0, 0, jnp.inf).astype(costs.dtype)
+
+    def one_more(best, _):
+        ways = best[:, None] + costs
+        return jnp.min(ways, axis=0), jnp.argmin(ways, axis=0)
+
+    _, before = jax.lax.scan(one_more, start, length=n)
+    _, chosen = jax.lax.scan(lambda j, before: (before[j], before[j]), count - 1, before, reverse=True)
+    return jnp.append(jnp.asarray(ts)[chosen], ts[-1])
+
+
+def step_costs(process: Process, denoise: Field, path: Array, ts: Array) -> Array:
+    """Return what a step from ts[i] to ts[j] costs in nats, shape (len(ts), len(ts)); infinite unless i < j.
+
+    1/2 int |x_0(t) - x_0(ts[i])|^2 d(SNR), averaged over samples: the KL divergence of the path of the stochastic
+    sampler that holds x_0 (eta = 1) from the reverse SDE's, by Girsanov's theorem; Sabour et al. 2024 (arXiv
+    2404.14507), section 3. By the trapezoidal rule on ts.
+
+    Args:
+      process: as in `best_grid`.
+      denoise: as in `best_grid`.
+      path: as in `best_grid`.
+      ts: as in `best_grid`.
+
+    Raises:
+      ValueError: as `best_grid`.
+      TypeError: as `best_grid`.
+    """
+    check_grid(ts, decreasing=True)
+    check_array(path, "path")
+    if path.ndim < 2 or len(path) != len(ts) or path.shape[1] < 1:
+        raise ValueError(f"path must have shape (len(ts), batch, *event) with len(ts) = {len(ts)}, got {path.shape}")
+    ts = jnp.asarray(ts)
+    snr = jnp.exp(log_snr(process, ts))
+    if is_concrete(snr) and not bool(jnp.isfinite(snr[-1])):
+        raise ValueError(f"the grid must end where sigma > 0, got t = {float(ts[-1])}")
+    values = jax.lax.map(lambda pair: call(denoise, *pair), (path, ts)).reshape(len(ts), -1)
+    place = jnp.arange(len(ts) - 1)
+
+    def row(i):
+        # From differences, and summed from i on: next to an SNR of 1e10 inner products or whole sums lose all digits.
+        apart = jnp.sum((values - values[i][None]) ** 2, axis=1) / path.shape[1]
+        pieces = jnp.where(place >= i, 0.25 * (apart[1:] + apart[:-1]) * jnp.diff(snr), 0)
+        return jnp.append(0, jnp.cumsum(pieces))
+
+    costs = jax.lax.map(row, jnp.arange(len(ts)))
+    return jnp.where(jnp.triu(jnp.ones(costs.shape, bool), 1), costs, jnp.inf)
+
+
+def refine_grid(solver: Solver, x: Array, target: Array, ts: Array, *, iterations: int = 8) -> Array:
+    """Return the grid near ts on which a solver comes closest to known ends: least squares over the inner times.
+
+    Minimises sum |x_n(ts) - target|^2 by Levenberg-Marquardt in the logarithms of the step lengths; derivatives by
+    forward mode, one for each step. The objective is the solver's own error, cancellations between steps included, as
+    in Tong et al. 2024 ('LD3', arXiv 2405.15506, where it is minimised by gradients). It has local minima: begin with a
+    usual grid. It can be fitted too well: the fewer the samples, the less others gain. An iteration costs about
+    2 n (n + 4) evaluations for n steps.
+
+    Args:
+      solver: a deterministic solver.
+      x: states at ts[0], shape (batch, *event).
+      target: where a fine solve takes them at ts[-1], shape of x.
+      ts: the grid to begin with, shape (n + 1,); its ends stay.
+      iterations: of Levenberg-Marquardt.
+
+    Returns:
+      Times, shape (n + 1,); never a worse grid than ts for these states.
+
+    Raises:
+      ValueError: shapes that do not fit, a grid that is not monotone, iterations < 1, a stochastic solver.
+      TypeError: states that are not floating point.
+    """
+    check_grid(ts)
+    check_array(x)
+    if target.shape != x.shape:
+        raise ValueError(f"target must have the shape of x, {x.shape}; got {target.shape}")
+    if iterations < 1:
+        raise ValueError(f"iterations must be positive, got {iterations}")
+    ts = jnp.asarray(ts)
+    n, steps = len(ts) - 1, jnp.abs(jnp.diff(ts))
+    sign = jnp.sign(ts[0] - ts[-1])
+
+    def times(logs):
+        """From logarithms of steps, scaled to the whole; summed from the end, which keeps the digits of fine steps."""
+        lengths = jax.nn.softmax(logs) * jnp.sum(steps)
+        return (ts[-1] + sign * jnp.cumsum(lengths[::-1])[::-1])[1:]
+
+    def residual(logs):
+        inner = jnp.concatenate([ts[:1], times(logs), ts[-1:]])
+        end, _ = integrate(None, solver, x, inner)
+        return ((end - target) / jnp.sqrt(jnp.asarray(x.size, x.dtype))).ravel()
+
+    def iterate(logs, _):
+        value, push = jax.linearize(residual, logs)
+        columns = jax.lax.map(push, jnp.eye(n, dtype=logs.dtype))
+        product = lambda a, b: jnp.matmul(a, b, precision="highest")
+        square, slope = product(columns, columns.T), product(columns, value)
+
+        def move(damping):
+            # The sum of all lengths is fixed, so the square is singular: what is added makes it regular.
+            added = damping * jnp.diag(jnp.diag(square)) + 1e-6 * jnp.trace(square) * jnp.eye(n, dtype=square.dtype)
+            new = logs - jnp.clip(jnp.linalg.solve(square + added, slope), -1, 1)
+            loss = jnp.sum(residual(new) ** 2)
+            return new, jnp.where(jnp.isfinite(loss), loss, jnp.inf)
+
+        moved, losses = jax.lax.map(move, jnp.asarray(_DAMPINGS, logs.dtype))
+        best = jnp.argmin(losses)
+        return jnp.where(losses[best] < jnp.sum(value**2), moved[best], logs), None
+
+    logs, _ = jax.lax.scan(iterate, jnp.log(steps), length=iterations)
+    return jnp.concatenate([ts[:1], times(logs), ts[-1:]])
