@@ -81,37 +81,55 @@ def _as(kind):
 _x0, _score = _as("x0"), _as("score")
 
 
-def _predictor_corrector(process, field, predict, c):
+def _predictor_corrector(process, field, predict, c, noise):
     largest = lambda s: process.marginal(s)[1] ** 2
     score = _score(process, field, predict)
-    corrector = solvers.langevin(score, snr=c.snr, steps=c.corrector_steps, largest=largest)
-    return solvers.predictor_corrector(solvers.euler_maruyama(_reverse(process, field, predict, c)), corrector)
+    corrector = solvers.langevin(score, snr=c.snr, steps=c.corrector_steps, largest=largest, noise=noise)
+    predictor = solvers.euler_maruyama(_reverse(process, field, predict, c), noise=noise)
+    return solvers.predictor_corrector(predictor, corrector)
 
 
-# (process, field, its kind, config.sampling) -> Solver
+# (process, field, its kind, config.sampling, noise) -> Solver
 SOLVERS = {
-    "euler": lambda p, f, k, c: solvers.euler(_flow(p, f, k, c)),
-    "midpoint": lambda p, f, k, c: solvers.midpoint(_flow(p, f, k, c)),
-    "heun": lambda p, f, k, c: solvers.heun(_flow(p, f, k, c)),
-    "rk4": lambda p, f, k, c: solvers.rk4(_flow(p, f, k, c)),
-    "edm": lambda p, f, k, c: solvers.edm(
-        p, _x0(p, f, k), churn=min(c.churn / c.steps, math.sqrt(2) - 1), s_noise=c.churn_noise
+    "euler": lambda p, f, k, c, z: solvers.euler(_flow(p, f, k, c)),
+    "midpoint": lambda p, f, k, c, z: solvers.midpoint(_flow(p, f, k, c)),
+    "heun": lambda p, f, k, c, z: solvers.heun(_flow(p, f, k, c)),
+    "rk4": lambda p, f, k, c, z: solvers.rk4(_flow(p, f, k, c)),
+    "edm": lambda p, f, k, c, z: solvers.edm(
+        p, _x0(p, f, k), churn=min(c.churn / c.steps, math.sqrt(2) - 1), s_noise=c.churn_noise, noise=z
     ),
-    "euler_maruyama": lambda p, f, k, c: solvers.euler_maruyama(_reverse(p, f, k, c)),
-    "stochastic_heun": lambda p, f, k, c: solvers.stochastic_heun(_reverse(p, f, k, c)),
-    "ancestral": lambda p, f, k, c: solvers.ancestral(p, _x0(p, f, k)),
-    "ddim": lambda p, f, k, c: solvers.ddim(p, _x0(p, f, k), c.eta),
-    "dpm_solver": lambda p, f, k, c: solvers.dpm_solver(p, _x0(p, f, k), c.order or 2),
-    "dpmpp_2s": lambda p, f, k, c: solvers.dpmpp_2s(p, _x0(p, f, k)),
-    "dpmpp_2m": lambda p, f, k, c: solvers.dpmpp_2m(p, _x0(p, f, k)),
-    "dpmpp_3m": lambda p, f, k, c: solvers.dpmpp_3m(p, _x0(p, f, k)),
-    "dpmpp_2m_sde": lambda p, f, k, c: solvers.dpmpp_2m(p, _x0(p, f, k), c.eta),
-    "dpmpp_3m_sde": lambda p, f, k, c: solvers.dpmpp_3m(p, _x0(p, f, k), c.eta),
-    "exponential_adams": lambda p, f, k, c: solvers.exponential_adams(p, _x0(p, f, k), c.order or 3),
-    "deis": lambda p, f, k, c: solvers.deis(p, _x0(p, f, k), c.order or 3),
-    "unipc": lambda p, f, k, c: solvers.unipc(p, _x0(p, f, k), c.order or 2, last_corrector=c.last_corrector),
+    "euler_maruyama": lambda p, f, k, c, z: solvers.euler_maruyama(_reverse(p, f, k, c), noise=z),
+    "stochastic_heun": lambda p, f, k, c, z: solvers.stochastic_heun(_reverse(p, f, k, c), noise=z),
+    "ancestral": lambda p, f, k, c, z: solvers.ancestral(p, _x0(p, f, k), variance=c.variance, noise=z),
+    "ddim": lambda p, f, k, c, z: solvers.ddim(p, _x0(p, f, k), c.eta, noise=z),
+    "dpm_solver": lambda p, f, k, c, z: solvers.dpm_solver(p, _x0(p, f, k), c.order or 2),
+    "dpmpp_2s": lambda p, f, k, c, z: solvers.dpmpp_2s(p, _x0(p, f, k)),
+    "dpmpp_2m": lambda p, f, k, c, z: solvers.dpmpp_2m(p, _x0(p, f, k)),
+    "dpmpp_3m": lambda p, f, k, c, z: solvers.dpmpp_3m(p, _x0(p, f, k)),
+    "dpmpp_2m_sde": lambda p, f, k, c, z: solvers.dpmpp_2m(p, _x0(p, f, k), c.eta, noise=z),
+    "dpmpp_3m_sde": lambda p, f, k, c, z: solvers.dpmpp_3m(p, _x0(p, f, k), c.eta, noise=z),
+    "exponential_adams": lambda p, f, k, c, z: solvers.exponential_adams(p, _x0(p, f, k), c.order or 3),
+    "deis": lambda p, f, k, c, z: solvers.deis(p, _x0(p, f, k), c.order or 3),
+    "unipc": lambda p, f, k, c, z: solvers.unipc(p, _x0(p, f, k), c.order or 2, last_corrector=c.last_corrector),
     "predictor_corrector": _predictor_corrector,
 }
+
+
+def _tolerances(c):
+    return {name: c[name] for name in ("rtol", "atol") if c[name]}
+
+
+# (process, field, its kind, config.sampling, keys, x, t0, t1, noise) -> Solution; they choose their steps themselves.
+ADAPTIVE = {
+    "adaptive": lambda p, f, k, c, keys, x, t0, t1, z: solvers.integrate_adaptive(
+        _flow(p, f, k, c), x, t0, t1, **_tolerances(c)
+    ),
+    "adaptive_sde": lambda p, f, k, c, keys, x, t0, t1, z: solvers.integrate_adaptive_sde(
+        keys, _reverse(p, f, k, c), x, t0, t1, noise=z, **_tolerances(c)
+    ),
+}
+# A grid that experiments.search_grid has found and left in the run folder.
+SEARCHED = "searched"
 
 
 def pick(table: dict | tuple, name: str, field: str):
@@ -340,13 +358,17 @@ def optimiser(config: ConfigDict):
     return training.adam(rate, b2=o.b2, clip=o.clip or None, weight_decay=o.weight_decay)
 
 
-def grid(config: ConfigDict) -> jax.Array:
+def grid(config: ConfigDict, name: str | None = None) -> jax.Array:
     """Return the decreasing sampling times.
+
+    Args:
+      config: the configuration.
+      name: instead of config.sampling.grid.
 
     Raises:
       ValueError: unknown grid, steps < 1, t_min out of range.
     """
-    make = pick(GRIDS, config.sampling.grid, "sampling.grid")
+    make = pick(GRIDS, name or config.sampling.grid, "sampling.grid")
     forward_process = process(config)
     t_max = None
     if config.network.predict in ("eps", "score"):
@@ -356,10 +378,17 @@ def grid(config: ConfigDict) -> jax.Array:
     return make(forward_process, config.sampling.steps, t_min=config.sampling.t_min or None, t_max=t_max)
 
 
-def solver(config: ConfigDict, trained: jdiff.Field) -> solvers.Solver:
+def solver(config: ConfigDict, trained: jdiff.Field, noise: solvers.Noise = solvers.white) -> solvers.Solver:
     """Return the solver named in config.sampling for a field of the kind config.network.predict."""
     make = pick(SOLVERS, config.sampling.solver, "sampling.solver")
-    return make(process(config), trained, config.network.predict, config.sampling)
+    return make(process(config), trained, config.network.predict, config.sampling, noise)
+
+
+def adaptive(config: ConfigDict, trained: jdiff.Field, keys, x, noise: solvers.Noise = solvers.white):
+    """Return what the adaptive solver named in config.sampling makes of x at t_max: a Solution at t_min."""
+    solve = pick(ADAPTIVE, config.sampling.solver, "sampling.solver")
+    ts = grid(config, "linear")
+    return solve(process(config), trained, config.network.predict, config.sampling, keys, x, ts[0], ts[-1], noise)
 
 
 def denoiser(config: ConfigDict, trained: jdiff.Field) -> jdiff.Field:
@@ -384,6 +413,8 @@ def check(config: ConfigDict) -> None:
         "likelihood.images",
         "likelihood.tolerance_images",
         "sampling.t_min",
+        "sampling.rtol",
+        "sampling.atol",
         "sampling.eta",
         "sampling.guidance",
     ):
@@ -406,9 +437,13 @@ def check(config: ConfigDict) -> None:
     pick(("t", "log_snr"), config.likelihood.variable, "likelihood.variable")
     pick(("uniform", "truncated_normal"), config.likelihood.dequantisation, "likelihood.dequantisation")
     pick(("highest", "high", "default"), config.likelihood.matmul_precision, "likelihood.matmul_precision")
-    solver(config, lambda x, t: x)
+    pick((*SOLVERS, *ADAPTIVE), config.sampling.solver, "sampling.solver")
+    if config.sampling.solver in SOLVERS:
+        solver(config, lambda x, t: x)
     optimiser(config)
-    grid(config)
+    pick((*GRIDS, SEARCHED), config.sampling.grid, "sampling.grid")
+    grid(config, "linear" if config.sampling.grid == SEARCHED else None)
+    pick(("white", "brownian"), config.sampling.noise, "sampling.noise")
     if not 0 <= config.loss.label_dropout <= 1:
         raise ValueError(f"loss.label_dropout must be in [0, 1], got {config.loss.label_dropout}")
     if not 0 <= config.training.ema_decay < 1:

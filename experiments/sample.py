@@ -4,7 +4,7 @@
     python -m experiments.sample --workdir runs/digits --protocol song2021 --set sampling.predictor=ode
 
 Writes samples_<solver>.png and .npz, and trajectory_<solver>.png: the first samples on their way from noise. With
-protocol "song2021" <solver> is song2021_<predictor>_<corrector>, and there is no trajectory.
+protocol "song2021" <solver> is song2021_<predictor>_<corrector>; it and the adaptive solvers leave no trajectory.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import build, cli, model, pictures, song2021
+from experiments import build, cli, model, pictures, search_grid, song2021
 from experiments.artefacts import Run
-from jdiff import data
+from jdiff import data, solvers
 from jdiff import sample as draw_samples
 from jdiff.processes import prior_sample
 
@@ -36,7 +36,8 @@ def sample(config: ConfigDict, run: Run) -> np.ndarray:
 
     Raises:
       FileNotFoundError: nothing has been trained here.
-      ValueError: a folder of another configuration, a label that the data do not have.
+      ValueError: a folder of another configuration, a label that the data do not have, no searched grid.
+      FloatingPointError: values that are not finite; the first step that gave them is named.
     """
     c = config.sampling
     source = data.load(config.data.name, config.data.train)
@@ -45,7 +46,13 @@ def sample(config: ConfigDict, run: Run) -> np.ndarray:
     labels = _labels(config, described)
     size = min(c.batch_size, c.number)
     name = solver_name(config)
-    draw = (_song2021 if config.protocol == "song2021" else _draw)(config, described)
+    if config.protocol == "song2021":
+        draw = _song2021(config, described)
+    elif c.solver in build.ADAPTIVE:
+        draw = _adaptive(config, described)
+    else:
+        searched = c.grid == build.SEARCHED
+        draw = _draw(config, described, search_grid.read(config, run, trained.step) if searched else build.grid(config))
 
     key = jax.random.key(c.seed)
     images, strip = [], None
@@ -53,13 +60,14 @@ def sample(config: ConfigDict, run: Run) -> np.ndarray:
         index = jnp.arange(first, first + size)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
         x, path, times = draw(trained.params, trained.statistics, keys, None if labels is None else labels(index))
-        if not bool(jnp.isfinite(x).all()):
-            raise FloatingPointError(f"{name} gave samples that are not finite; use more sampling.steps")
         if config.protocol == "song2021":
+            if not bool(jnp.isfinite(x).all()):
+                raise FloatingPointError(f"{name} gave samples that are not finite; use more sampling.steps")
             images.append(song2021.levels(x, described.transform))
             continue
         images.append(np.asarray(described.transform.inverse(x)))
-        strip = _strip(config, described, path, times, x) if strip is None else strip
+        if strip is None and path is not None:
+            strip = _strip(config, described, path, times, x)
     images = np.concatenate(images)[: c.number]
     label = f"_class{c.label}" if c.label.isdecimal() else ""
     levels = described.transform.levels
@@ -79,9 +87,13 @@ def solver_name(config: ConfigDict) -> str:
     return f"song2021_{c.predictor}_{c.corrector}" if config.protocol == "song2021" else c.solver
 
 
-def _draw(config, described):
-    """Return (params, statistics, keys, cond) -> (samples, their states at a few times, these times)."""
-    c, ts = config.sampling, build.grid(config)
+def _draw(config, described, ts):
+    """Return (params, statistics, keys, cond) -> (samples, their states at a few times, these times).
+
+    Raises:
+      FloatingPointError: from the function returned: a step or the last denoising gave values that are not finite.
+    """
+    c = config.sampling
 
     @jax.jit
     def draw(params, statistics, keys, cond):
@@ -90,16 +102,65 @@ def _draw(config, described):
         x, path = draw_samples(
             keys,
             build.process(config),
-            build.solver(config, field),
+            build.solver(config, field, _noise(config, keys)),
             (*keys.shape, *described.shape),
             ts,
             denoise=denoise,
             path=True,
         )
         strip = jnp.linspace(0, len(ts) - 1, _STRIP_TIMES).astype(int)
-        return x, path[strip, :_STRIP_SAMPLES], ts[strip]
+        finite = jnp.all(jnp.isfinite(path), axis=range(1, path.ndim))
+        return x, path[strip, :_STRIP_SAMPLES], ts[strip], finite
 
-    return draw
+    def checked(*args):
+        x, path, times, finite = draw(*args)
+        finite = np.asarray(finite)
+        if not finite.all():
+            n = int(np.argmin(finite))
+            where = f"step {n} of {len(ts) - 1} (t = {float(ts[n - 1]):g} to {float(ts[n]):g})" if n else "the start"
+            raise FloatingPointError(f"{c.solver} gave values that are not finite, first in {where}")
+        if not bool(jnp.isfinite(x).all()):
+            raise FloatingPointError(f"the last denoising after {c.solver} gave values that are not finite")
+        return x, path, times
+
+    return checked
+
+
+def _adaptive(config, described):
+    """Return (params, statistics, keys, cond) -> (samples, None, None) by a solver that chooses its own steps.
+
+    Raises:
+      FloatingPointError: from the function returned: a solve that did not arrive.
+    """
+    c, forward_process = config.sampling, build.process(config)
+
+    @jax.jit
+    def draw(params, statistics, keys, cond):
+        field = build.guided(config, described.module, params, statistics, cond)
+        start, own = (jax.vmap(lambda key, n=n: jax.random.fold_in(key, n))(keys) for n in (0, 1))
+        x = prior_sample(start, forward_process, (*keys.shape, *described.shape))
+        solution = build.adaptive(config, field, own, x, _noise(config, keys))
+        x = solution.x
+        if c.denoise:
+            x = build.denoiser(config, field)(x, jnp.full(len(x), build.grid(config, "linear")[-1]))
+        return x, solution.evaluations, solution.failed
+
+    def checked(*args):
+        x, evaluations, failed = draw(*args)
+        evaluations = np.asarray(evaluations)
+        if bool(failed.any()) or not bool(jnp.isfinite(x).all()):
+            raise FloatingPointError(f"{c.solver} did not arrive for {int(failed.sum())} of {len(x)} samples")
+        print(f"{c.solver}: {evaluations.mean():.0f} evaluations on average, {evaluations.max()} at most")
+        return x, None, None
+
+    return checked
+
+
+def _noise(config, keys):
+    """Return where the solver's noise comes from."""
+    if config.sampling.noise == "white":
+        return solvers.white
+    return solvers.brownian(jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys), build.process(config))
 
 
 def _song2021(config, described):

@@ -20,8 +20,8 @@ def best_grid(process: Process, denoise: Field, path: Array, ts: Array, n: int) 
     """Return the n steps with the least KL divergence of their path: n + 1 of the times ts, both ends among them.
 
     For stochastic solvers. Sabour et al. 2024 ('Align Your Steps', arXiv 2404.14507) lower the sum of `step_costs` by
-    gradients, time by time. With the times restricted to a fine set of candidates it has its global minimum by dynamic
-    programming, for every n, from one evaluation of the field for each state of the path.
+    a search over candidates, one time of the grid after the other. With one fine set of candidates for all times it has
+    its global minimum by dynamic programming, for every n, from one evaluation of the field for each state of the path.
 
     Args:
       process: the forward process.

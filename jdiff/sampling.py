@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 
-from jdiff._array import call, check_grid, example_keys, fold_in
+from jdiff._array import call, check_grid, example_keys, fold_in, is_concrete
 from jdiff._typing import Array, Field, Key, Process
 from jdiff.processes import prior_sample
 from jdiff.solvers.base import Solver, integrate
@@ -40,10 +41,14 @@ def sample(
       Samples of the given shape, or (samples, path) with path of shape (len(ts), *shape).
 
     Raises:
-      ValueError: a grid that does not decrease, a shape without a batch, keys of another number.
+      ValueError: a grid that does not decrease or leaves [0, t_max], a shape without a batch, keys of another number.
       TypeError: keys that are not typed threefry keys.
     """
     check_grid(ts, decreasing=True)
+    if is_concrete(ts):
+        first, *_, last = np.asarray(ts, float).tolist()
+        if not 0 <= last < first <= process.t_max * (1 + 1e-6):
+            raise ValueError(f"ts must lie in the range of the process, 0 to {process.t_max}: got {first} to {last}")
     if len(shape) < 1 or shape[0] < 1:
         raise ValueError(f"shape must be (batch, *event) with batch >= 1, got {tuple(shape)}")
     ts = jnp.asarray(ts)

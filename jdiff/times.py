@@ -75,7 +75,7 @@ def karras(
 
 
 def uniform_log_snr(process: Process, n: int, *, t_min: float | None = None, t_max: float | None = None) -> Array:
-    """Return n steps of equal length in log(alpha/sigma) (Lu et al. 2022, arXiv 2206.00927, section 4)."""
+    """Return n steps of equal length in log(alpha/sigma) (Lu et al. 2022, arXiv 2206.00927, section 3)."""
     low, high = _ends(process, n, t_min, t_max)
     most, least = _log_snr_ends(process, low, high)
     return _pin(time_at(process, least + (most - least) * _fractions(n)), low, high)
@@ -190,7 +190,7 @@ def stratified(key: Key, process: Process, index: Array, total: int, *, t_min=No
 def importance(key: Key, process: Process, index: Array, total: int, *, t_min=None, t_max=None) -> tuple[Array, Array]:
     """Draw stratified t with density proportional to g^2/sigma^2, i.e. uniform in log-SNR (arguments as in `uniform`).
 
-    The variance-reduced times for likelihood weighting of Song et al. 2021 (arXiv 2101.09258), section 4.2: g^2/sigma^2
+    The variance-reduced times for likelihood weighting of Song et al. 2021 (arXiv 2101.09258), section 5.1: g^2/sigma^2
     = -d log-SNR/dt, so the importance-weighted likelihood loss is the eps error with a constant weight. Where log-SNR
     is infinite at an end of time (alpha(1) = 0 for Rectified and Cosine) that density has no finite mass: times with
     sigma/alpha above 1000 (or below 1/1000) are not drawn, and the estimate leaves them out.

@@ -26,6 +26,7 @@ from experiments import (
     model,
     report,
     sample,
+    search_grid,
     train,
     yardsticks,
 )
@@ -297,6 +298,84 @@ def test_an_image_depends_on_its_number_alone(done):
         assert saved["step"] == 10 and saved["levels"] == 17
     for name in ("samples_heun.png", "trajectory_heun.png"):
         assert (done / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_every_solver_is_offered(done, capsys):
+    """Each name draws images from the trained model, which is hardly trained: that they are images is all there is."""
+    seen = {}
+    for name in (*build.SOLVERS, *build.ADAPTIVE):
+        config = _config(sampling__solver=name, sampling__number=2, sampling__batch_size=2)
+        seen[name] = sample.sample(config, done)
+        assert seen[name].shape == (2, 8, 8, 1) and seen[name].max() <= 16
+        assert (done / f"trajectory_{name}.png").exists() == (name in build.SOLVERS)
+    # The two that choose their steps say how many they took, and go where many small steps go.
+    assert re.findall(r"(adaptive\w*): \d+ evaluations on average", capsys.readouterr().out) == list(build.ADAPTIVE)
+    many = sample.sample(_config(sampling__steps=200, sampling__number=2, sampling__batch_size=2), done)
+    assert np.abs(seen["adaptive"].astype(int) - many).max() <= 1
+    tight = dict(sampling__number=2, sampling__batch_size=2, sampling__rtol=1e-3, sampling__atol=1e-3)
+    brownian = [
+        sample.sample(_config(**tight, **options, sampling__noise="brownian"), done).astype(int)
+        for options in (
+            dict(sampling__solver="adaptive_sde"),
+            dict(sampling__solver="euler_maruyama", sampling__steps=1000),
+        )
+    ]
+    assert np.abs(brownian[0] - brownian[1]).mean() < 0.5 < np.abs(brownian[0] - seen["adaptive_sde"]).mean()
+
+
+def test_the_first_step_that_is_not_finite_is_named(done, monkeypatch):
+    config = _config(sampling__steps=6, sampling__number=2, sampling__grid="linear")
+    ts, guided = np.asarray(build.grid(config)), build.guided
+
+    def poisoned(*args):
+        field = guided(*args)
+        return lambda x, t: jnp.where(t[:, None, None, None] < ts[2] - 1e-4, jnp.nan, field(x, t))
+
+    monkeypatch.setattr(build, "guided", poisoned)
+    with pytest.raises(FloatingPointError, match=rf"heun .* first in step 3 of 6 \(t = {ts[2]:g} to {ts[3]:g}\)"):
+        sample.sample(config, done)
+    for name in build.ADAPTIVE:
+        config.sampling.solver = name
+        with pytest.raises(FloatingPointError, match=f"{name} did not arrive for"):
+            sample.sample(config, done)
+    last = lambda *args: (lambda field: lambda x, t: jnp.where(t[:, None, None, None] <= ts[-1], jnp.nan, field(x, t)))(
+        guided(*args)
+    )
+    monkeypatch.setattr(build, "guided", last)
+    config.sampling.solver = "ddim"
+    with pytest.raises(FloatingPointError, match="last denoising after ddim"):
+        sample.sample(config, done)
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m", "ancestral"])
+def test_a_searched_grid(name, done, tmp_path, capsys):
+    run = Run(shutil.copytree(done.path, tmp_path / "run"))
+    config = _config(sampling__solver=name, sampling__steps=4)
+    found = search_grid.search_grid(config, run, samples=8)
+    assert found == read_json(run / f"grid_{name}_4.json") and found["step"] == 10
+    ts = np.array(found["ts"])
+    usual = np.asarray(build.grid(config, "linear"))
+    assert len(ts) == 5 and np.all(np.diff(ts) < 0)
+    np.testing.assert_allclose(ts[[0, -1]], usual[[0, -1]], rtol=1e-6)
+    errors = found["errors"]
+    # By dynamic programming no grid is cheaper; by least squares on other samples it is at least near the best.
+    assert errors["searched"] <= min(errors.values()) * (1 if name == "ancestral" else 1.1)
+
+    config = _config(sampling__solver=name, sampling__steps=4, sampling__grid="searched", sampling__number=2)
+    assert sample.sample(config, run).shape == (2, 8, 8, 1)
+    config.sampling.steps = 5
+    with pytest.raises(ValueError, match=rf"grid_{name}_5\.json; run experiments\.search_grid first"):
+        sample.sample(config, run)
+    config.sampling.steps = 4
+    run.write_json(f"grid_{name}_4.json", found | {"step": 5})
+    with pytest.raises(ValueError, match="is for step 5 of the training, not 10"):
+        sample.sample(config, run)
+    for damaged in ([1.0], found | {"ts": [1.0, 0.5]}, found | {"ts": ["a"] * 5}):
+        run.write_json(f"grid_{name}_4.json", damaged)
+        with pytest.raises(ValueError, match=f"grid_{name}_4.json must hold 5 times"):
+            sample.sample(config, run)
+    with pytest.raises(ValueError, match="chooses its steps itself"):
+        search_grid.search_grid(_config(sampling__solver="adaptive"), run)
 
 
 def test_the_learning_curve_evaluates_every_checkpoint(done, tmp_path):

@@ -145,6 +145,9 @@ def test_bad_input(ts):
         run(ts=jnp.array([1.0, 0.5, 0.7]))
     with pytest.raises(ValueError, match="at least two times"):
         run(ts=ts[:1])
+    for outside in ([1.5, 0.5, 0.1], [1.0, 0.5, -0.1]):
+        with pytest.raises(ValueError, match="must lie in the range of the process, 0 to 1"):
+            run(ts=jnp.array(outside))
     with pytest.raises(TypeError, match="floating point"):
         run(ts=jnp.array([2, 1, 0]))
     for shape in ((), (0, 2)):

@@ -27,7 +27,7 @@ from jdiff.solvers.base import Noise, white
 
 __all__ = ["integrate_adaptive_sde"]
 
-# Jolicoeur-Martineau et al. 2021, section 3 (theta and r); the two bounds are ours.
+# Jolicoeur-Martineau et al. 2021 (theta and r, as in their code); the two bounds are ours.
 _SAFETY, _EXPONENT = 0.9, 0.9
 _SHRINK, _GROW = 0.1, 10.0
 
@@ -60,7 +60,7 @@ def integrate_adaptive_sde(
 ) -> Solution:
     """Integrate an SDE from t0 to t1, in either direction, with a step size for each example of the batch.
 
-    Jolicoeur-Martineau et al. 2021 (arXiv 2105.14080), alg. 1: with h = s - t and one z for both stages,
+    Jolicoeur-Martineau et al. 2021 (arXiv 2105.14080), as their code has it: with h = s - t and one z for both stages,
 
     u = x_t + h f(x_t, t) + sqrt(|h|) g(x_t, t) z,    x_s = (x_t + u + h f(u, s) + sqrt(|h|) g(u, s) z) / 2,
 
@@ -78,8 +78,8 @@ def integrate_adaptive_sde(
       x: state at t0, arrays of shape (batch, *event).
       t0: start, scalar or (batch,).
       t1: end, scalar or (batch,).
-      rtol: relative tolerance (the paper's: 0.01 to 0.05).
-      atol: absolute tolerance; the default is the paper's, one of 256 grey levels of [-1, 1].
+      rtol: relative tolerance (the authors': 0.01 to 0.1).
+      atol: absolute tolerance; the default is the authors' for VP, one of 256 grey levels of [-1, 1].
       first_step: first |h|.
       max_steps: cap on the tries of one example; reaching it sets `failed`.
       noise: where unit normals come from; try n of example i hands it fold_in(key_i, n).

@@ -62,7 +62,7 @@ def ddim(process: Process, denoise: Field, eta: Array | float = 0.0, *, noise: N
 def dpm_solver(process: Process, denoise: Field, order: int = 2) -> Solver:
     """Return DPM-Solver-1, 2 or 3, the single-step exponential Runge-Kutta methods of the noise prediction.
 
-    Lu et al. 2022 (arXiv 2206.00927), eq. 3.7 and algs. 1 and 2. With h = l_s - l_t and eps_t = (x_t - alpha_t
+    Lu et al. 2022 (arXiv 2206.00927), section 3 (order 2: alg. 1). With h = l_s - l_t and eps_t = (x_t - alpha_t
     x_0)/sigma_t, order 1 is DDIM, x_s = alpha_s/alpha_t x_t - sigma_s (e^h - 1) eps_t. Order 2 takes it to u at
     l_t + h/2, and
 
@@ -123,7 +123,7 @@ def dpm_solver(process: Process, denoise: Field, order: int = 2) -> Solver:
 def dpmpp_2s(process: Process, denoise: Field) -> Solver:
     """Return DPM-Solver++(2S), the exponential midpoint rule in log-SNR. Order 2, two evaluations a step.
 
-    Lu et al. 2022 (arXiv 2211.01095), alg. 1 with r = 1/2: DDIM from t to u, in the middle of [l_t, l_s], then over the
+    Lu et al. 2022 (arXiv 2211.01095), 2S with r = 1/2: DDIM from t to u, in the middle of [l_t, l_s], then over the
     whole step with x_0(x_u, u) in the place of x_0(x_t, t). A step from alpha = 0 is DDIM.
 
     Args:

@@ -30,7 +30,7 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(12)
 def dpmpp_2m(process: Process, denoise: Field, eta: Array | float = 0.0, *, noise: Noise = white) -> Solver:
     """Return DPM-Solver++(2M), the two-step exponential method, or its SDE form. Order 2, one evaluation a step.
 
-    Lu et al. 2022 (arXiv 2211.01095), alg. 2, and eq. 19 with eta = 1:
+    Lu et al. 2022 (arXiv 2211.01095), alg. 2, and their SDE-DPM-Solver++(2M) with eta = 1:
 
     x_s = sigma_s/sigma_t e^(-eta^2 h) x_t + alpha_s (1 - e^(-(1 + eta^2) h)) D + sigma_s sqrt(1 - e^(-2 eta^2 h)) z,
 
@@ -68,7 +68,7 @@ def exponential_adams(
     """Return the exponential Adams-Bashforth method of the denoiser in log-SNR. Orders 1 to 4, one evaluation a step.
 
     x_0 is extrapolated by the polynomial in l through the last `order` evaluations, and integrated exactly (Hochbruck &
-    Ostermann 2010, Acta Numerica 19, section 2.7, with steps of any lengths), also in the reverse SDE with diffusion
+    Ostermann 2010, Acta Numerica 19, section 2, with steps of any lengths), also in the reverse SDE with diffusion
     eta g:
 
     x_s = sigma_s/sigma_t e^(-eta^2 h) x_t + alpha_s int_0^h k e^(-k (h - u)) P(u) du + sigma_s sqrt(1 - e^(-2 eta^2 h))
@@ -127,7 +127,7 @@ def dpmpp_3m(process: Process, denoise: Field, eta: Array | float = 0.0, *, nois
 def deis(process: Process, denoise: Field, order: int = 3) -> Solver:
     """Return DEIS (tAB): Adams-Bashforth for the noise prediction with a polynomial in t. Orders 1 to 4.
 
-    Zhang & Chen 2023 (arXiv 2204.13902), eqs. 14 and 15. With rho = sigma/alpha and eps_t = (x_t - alpha_t
+    Zhang & Chen 2023 (arXiv 2204.13902), tAB-DEIS. With rho = sigma/alpha and eps_t = (x_t - alpha_t
     x_0)/sigma_t,
 
     x_s = alpha_s/alpha_t x_t + alpha_s int_t^s rho'(u) P(u) du,
@@ -180,7 +180,7 @@ def unipc(
 ) -> Solver:
     """Return UniPC-2 or UniPC-3 of the data prediction: UniP's step, corrected by UniC with the evaluation after it.
 
-    Zhao et al. 2023 (arXiv 2302.04867), algs. 5 to 8. With all their coefficients solved for, B(h) cancels: UniP-p is
+    Zhao et al. 2023 (arXiv 2302.04867), theorem 3.1 and appendix C. With all their coefficients solved for, B(h) cancels: UniP-p is
     the exponential Adams-Bashforth method of p evaluations, and UniC-p the Adams-Moulton method that has the evaluation
     at the predicted x_s besides. What is left of B is their choice a_1 = 1/2 where there is one coefficient (UniP-2,
     and UniC-1 after the first step): the slope's weight is alpha_s h B/2, B = h ("bh1") or 1 - e^-h ("bh2").

@@ -1,0 +1,141 @@
+"""Find a good grid for a trained model, a solver and a number of steps.
+
+    python -m experiments.search_grid --workdir runs/digits --set sampling.solver=dpmpp_2m --set sampling.steps=8
+    python -m experiments.sample --workdir runs/digits --set sampling.solver=dpmpp_2m --set sampling.steps=8 \\
+        --set sampling.grid=searched
+
+For ODE solvers the times are those with the least RMS error against a fine solve from the same noise, begun with the
+best of the usual grids; for stochastic ones those with the least KL divergence of the path (`jdiff.grid_search`).
+Writes grid_<solver>_<steps>.json into the run folder and prints what was gained on samples that were not searched with.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from experiments import build, cli, model
+from experiments.artefacts import Run, read_json
+from experiments.compilation import compiler_options
+from jdiff import data, grid_search, solvers, times
+from jdiff.processes import prior_sample
+
+_USUAL = ("linear", "quadratic", "uniform_log_snr", "karras")
+_FINE = 128
+
+
+def search_grid(config: ConfigDict, run: Run, *, samples: int = 64) -> dict:
+    """Search with `samples` samples, measure on as many others; return what the JSON file holds.
+
+    Raises:
+      FileNotFoundError: nothing has been trained here.
+      ValueError: a folder of another configuration, a solver that chooses its own steps.
+    """
+    c = config.sampling
+    if c.solver in build.ADAPTIVE:
+        raise ValueError(f"{c.solver} chooses its steps itself: a grid is for the other solvers")
+    trained = model.load(config, run, data.load(config.data.name, config.data.train))
+    described, process = trained.model, build.process(config)
+    coarse = {name: build.grid(config, name) for name in _USUAL}
+    ends = float(coarse["linear"][-1]), float(coarse["linear"][0])
+    fine = times.uniform_log_snr(process, _FINE, t_min=ends[0], t_max=ends[1])
+    keys = jax.random.split(jax.random.key(c.seed), 2 * samples)
+    x = prior_sample(keys, process, (2 * samples, *described.shape))
+
+    def compiled(function):
+        """With the trained field first; the arrays of the model are arguments, not constants."""
+        with_field = lambda params, statistics, *args: function(
+            build.guided(config, described.module, params, statistics, None), *args
+        )
+        program = jax.jit(with_field, compiler_options=compiler_options())
+        return lambda *args: program(trained.params, trained.statistics, *args)
+
+    found = {"solver": c.solver, "steps": c.steps, "step": trained.step}
+    if _stochastic(config, x):
+
+        def search(field, keys, x):
+            denoise = build.denoiser(config, field)
+            _, path = solvers.integrate(keys, solvers.ancestral(process, denoise), x, fine, path=True)
+            costs = grid_search.step_costs(process, denoise, path, fine)
+            price = lambda places: jnp.sum(costs[places[:-1], places[1:]])
+            best = grid_search.best_grid(process, denoise, path, fine, c.steps)
+            usual = {name: jnp.argmin(jnp.abs(fine[None] - ts[:, None]), axis=1) for name, ts in coarse.items()}
+            places = jnp.argmin(jnp.abs(fine[None] - best[:, None]), axis=1)
+            return best, {name: price(p) for name, p in {**usual, build.SEARCHED: places}.items()}
+
+        best, errors = compiled(search)(keys[:samples], x[:samples])
+        measure = "KL of the path, nats"
+    else:
+        exact = lambda field, x: solvers.integrate(None, solvers.edm(process, build.denoiser(config, field)), x, fine)[
+            0
+        ]
+        end = compiled(exact)(x)
+        run_solver = compiled(lambda field, x, ts: solvers.integrate(None, build.solver(config, field), x, ts)[0])
+        error = lambda ts, part: jnp.sqrt(jnp.mean((run_solver(x[part], ts) - end[part]) ** 2))
+        seen, other = slice(0, samples), slice(samples, 2 * samples)
+        begin = min(coarse.values(), key=lambda ts: float(error(ts, seen)))
+        refine = compiled(lambda field, x, end, ts: grid_search.refine_grid(build.solver(config, field), x, end, ts))
+        best = refine(x[seen], end[seen], begin)
+        errors = {name: error(ts, other) for name, ts in {**coarse, build.SEARCHED: best}.items()}
+        measure = "RMS error of a sample"
+    found |= {"ts": np.asarray(best).tolist(), "measure": measure}
+    found["errors"] = {name: float(value) for name, value in errors.items()}
+    run.write_json(file_name(config), found)
+    return found
+
+
+def file_name(config: ConfigDict) -> str:
+    """Return the name of the file for the solver and the number of steps."""
+    return f"grid_{config.sampling.solver}_{config.sampling.steps}.json"
+
+
+def read(config: ConfigDict, run: Run, step: int) -> jax.Array:
+    """Return the grid that was found for this solver, number of steps and checkpoint.
+
+    Raises:
+      ValueError: there is none, or a damaged one, or one for other parameters.
+    """
+    file = run / file_name(config)
+    if not file.exists():
+        raise ValueError(f"sampling.grid = {build.SEARCHED!r}: no {file}; run experiments.search_grid first")
+    found = read_json(file)
+    ts = found.get("ts") if isinstance(found, dict) else None
+    if not isinstance(ts, list) or not all(isinstance(t, float) for t in ts) or len(ts) != config.sampling.steps + 1:
+        raise ValueError(f"{file} must hold {config.sampling.steps + 1} times")
+    if found.get("step") != step:
+        raise ValueError(f"{file} is for step {found.get('step')} of the training, not {step}: search again")
+    return jnp.asarray(ts)
+
+
+def _stochastic(config, x):
+    """Whether the solver asks for a key."""
+    solver = build.solver(config, lambda x, t: x)
+    ts = build.grid(config, "linear")
+    try:
+        jax.eval_shape(lambda x: solvers.integrate(None, solver, x, ts)[0], x)
+    except ValueError as error:
+        if "needs a key" not in str(error):
+            raise
+        return True
+    return False
+
+
+def main() -> None:
+    """Run from the command line."""
+    flags.DEFINE_integer("samples", 64, "samples to search with, and as many to measure on")
+
+    def run(config, folder):
+        found = search_grid(config, folder, samples=flags.FLAGS.samples)
+        print(f"{found['measure']}, {found['solver']}, {found['steps']} steps:")
+        for name, value in found["errors"].items():
+            print(f"  {name:16s} {value:.4g}")
+        print(folder / file_name(config))
+
+    cli.main(run, evaluation=True)
+
+
+if __name__ == "__main__":
+    main()
