@@ -180,7 +180,7 @@ def unipc(
 ) -> Solver:
     """Return UniPC-2 or UniPC-3 of the data prediction: UniP's step, corrected by UniC with the evaluation after it.
 
-    Zhao et al. 2023 (arXiv 2302.04867), theorem 3.1, appendix C. With all coefficients solved for, B(h) cancels: UniP-p is
+    Zhao et al. 2023 (arXiv 2302.04867), thm. 3.1, appendix C. With all coefficients solved for, B(h) cancels: UniP-p is
     the exponential Adams-Bashforth method of p evaluations, and UniC-p the Adams-Moulton method that has the evaluation
     at the predicted x_s besides. What is left of B is their choice a_1 = 1/2 where there is one coefficient (UniP-2,
     and UniC-1 after the first step): the slope's weight is alpha_s h B/2, B = h ("bh1") or 1 - e^-h ("bh2").
