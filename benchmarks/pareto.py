@@ -86,8 +86,9 @@ GRIDS = {
     "uniform_log_snr": times.uniform_log_snr,
     "karras": times.karras,
 }
-# Found for each field and number of steps from states on fine paths; in the table as a grid of its own.
-SEARCHED = "searched"
+# Found for each field, solver and number of steps with samples of other keys; in the table as a grid of its own.
+SEARCHED, MOST_REFINED = "searched", 20
+REFINED = ("ddim", "edm", "dpmpp_2m", "dpmpp_3m", "unipc-2")
 ON_MNIST = ("ddim", "edm", "dpmpp_2m", "dpmpp_3m", "unipc-2", "ancestral", "dpmpp_2m_sde", "ddim, eta = 0.5")
 
 
@@ -124,7 +125,7 @@ def _analytic(target, options):
         if target == "gaussian" and name != "exact":
             continue  # its error is not affine
         judge = _moments if target == "gaussian" else functools.partial(_samples, reference=draw, w2=len(shape) == 1)
-        candidates, path = _fine_path(field, shape)
+        paths = _fine_paths(field, shape)
         for solver in options.solvers or CASES:
             case = CASES[solver]
             programs = {}
@@ -133,9 +134,7 @@ def _analytic(target, options):
                     steps = budget // case.cost
                     if steps < 1 or (budget > 100 and solver not in LONG):
                         continue
-                    ts = _grid(
-                        grid, field, path, candidates, steps, case.noisy, 1 if solver in ("euler", "ddim") else 2
-                    )
+                    ts = _grid(grid, solver, field, paths, steps)
                     if ts is None:
                         continue
                     yield (
@@ -145,28 +144,39 @@ def _analytic(target, options):
                     )
 
 
-def _grid(grid, field, path, candidates, steps, noisy, order):
+def _grid(grid, solver_name, field, paths, steps):
+    """Return the times, or None where a grid of so many steps is not searched for."""
     if grid != SEARCHED:
         return GRIDS[grid](PROCESS, steps)
-    if steps >= CANDIDATES:
+    case = CASES[solver_name]
+    if case.noisy:
+        ts, path = paths["reverse"]
+        return _best(field)(path, ts, steps) if steps < CANDIDATES else None
+    if steps > MOST_REFINED or solver_name not in REFINED:
         return None
-    return _search(field, *(("kl", 1) if noisy else ("error", order)))(path, candidates, steps)
+    x, end = paths["flow"]
+    solver = case.make(PROCESS, field, steps, solvers.white)
+    run = jax.jit(lambda ts: solvers.integrate(None, solver, x, ts)[0])
+    error = lambda ts: float(jnp.mean((run(ts) - end) ** 2))
+    begin = min((make(PROCESS, steps) for make in GRIDS.values()), key=error)
+    return jax.jit(lambda x, end, ts: grid_search.refine_grid(solver, x, end, ts))(x, end, begin)
 
 
 @functools.cache
-def _search(field, criterion, order):
-    search = lambda path, ts, n: grid_search.best_grid(
-        jax.random.key(78), PROCESS, field, path, ts, n, criterion=criterion, order=order
-    )
-    return jax.jit(search, static_argnums=2)
+def _best(field):
+    return jax.jit(functools.partial(grid_search.best_grid, PROCESS, field), static_argnums=2)
 
 
-def _fine_path(field, shape):
-    """Return candidates, and the flow's states there: 128 paths by Heun's method of EDM."""
+def _fine_paths(field, shape):
+    """Return what grids are searched with: 256 fine solves of the flow, and paths of the reverse SDE."""
     ts = times.uniform_log_snr(PROCESS, CANDIDATES)
-    x = processes.prior_sample(jax.random.key(77), PROCESS, (128, *shape))
-    solver = solvers.edm(PROCESS, field)
-    return ts, jax.jit(lambda x, ts: solvers.integrate(None, solver, x, ts, path=True)[1])(x, ts)
+    keys = jax.random.split(jax.random.key(77), 256)
+    x = processes.prior_sample(keys, PROCESS, (256, *shape))
+    solve = lambda solver: jax.jit(lambda x: solvers.integrate(keys, solver, x, ts, path=True))(x)
+    fine = times.uniform_log_snr(PROCESS, 4 * CANDIDATES)
+    end, _ = jax.jit(lambda x: solvers.integrate(None, solvers.edm(PROCESS, field), x, fine))(x)
+    _, path = solve(solvers.ancestral(PROCESS, field))
+    return {"flow": (x, end), "reverse": (ts, path)}
 
 
 def _run(case, field, steps, programs, keys, x, ts):

@@ -5,7 +5,7 @@
         --set sampling.grid=searched
 
 For ODE solvers the times are those with the least RMS error against a fine solve from the same noise, begun with the
-best of the usual grids; for stochastic ones those with the least KL divergence of the path (`jdiff.grid_search`).
+best of the usual grids; for stochastic ones those with the least sum of costs (`jdiff.grid_search.step_costs`).
 Writes grid_<solver>_<steps>.json into the run folder and prints what was gained on samples that were not searched with.
 """
 
@@ -67,7 +67,7 @@ def search_grid(config: ConfigDict, run: Run, *, samples: int = 64) -> dict:
             return best, {name: price(p) for name, p in {**usual, build.SEARCHED: places}.items()}
 
         best, errors = compiled(search)(keys[:samples], x[:samples])
-        measure = "KL of the path, nats"
+        measure = "cost of the steps"
     else:
         exact = lambda field, x: solvers.integrate(None, solvers.edm(process, build.denoiser(config, field)), x, fine)[
             0

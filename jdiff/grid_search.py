@@ -16,26 +16,29 @@ __all__ = ["best_grid", "refine_grid", "step_costs"]
 _DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
 
 
-def best_grid(process: Process, denoise: Field, path: Array, ts: Array, n: int) -> Array:
-    """Return the n steps with the least KL divergence of their path: n + 1 of the times ts, both ends among them.
+def best_grid(process: Process, denoise: Field, path: Array, ts: Array, n: int, *, power: float = 0.25) -> Array:
+    """Return the n steps with the least sum of `step_costs`: n + 1 of the times ts, both ends among them.
 
-    For stochastic solvers. Sabour et al. 2024 ('Align Your Steps', arXiv 2404.14507) lower the sum of `step_costs` by
-    a search over candidates, one time of the grid after the other. With one fine set of candidates for all times it has
-    its global minimum by dynamic programming, for every n, from one evaluation of the field for each state of the path.
+    Sabour et al. 2024 ('Align Your Steps', arXiv 2404.14507) lower such a sum by a search over candidates, one time of
+    the grid after the other. With one fine set of candidates for all times it has its global minimum by dynamic
+    programming, for every n, from one evaluation of the field for each state of the path.
 
     Args:
       process: the forward process.
       denoise: an x0-field.
-      path: states of some samples at ts, shape (len(ts), batch, *event), of a fine solve of the reverse SDE, such as
-        `sample(..., path=True)` returns.
+      path: states of some samples at ts, shape (len(ts), batch, *event), of a fine solve, such as `sample(...,
+        path=True)` returns; of the reverse SDE for stochastic solvers.
       ts: candidates, decreasing; `times.uniform_log_snr(process, 128)` is a good set.
       n: number of steps, at most len(ts) - 1.
+      power: of the signal-to-noise ratio in the cost. 1 is the KL divergence, whose best grids spend most steps near
+        the data; samples of the measured targets were better with the default (docs/solvers.md).
 
     Raises:
-      ValueError: n out of range, a grid that does not decrease or ends where sigma = 0, shapes that do not fit.
+      ValueError: n out of range, a grid that does not decrease or ends where sigma = 0, shapes that do not fit, power
+        not positive.
       TypeError: path is not floating point.
     """
-    costs = step_costs(process, denoise, path, ts)
+    costs = step_costs(process, denoise, path, ts, power=power)
     count = len(ts)
     if not 1 <= n < count:
         raise ValueError(f"n must be from 1 to {count - 1}, the number of candidate steps; got {n}")
@@ -51,30 +54,33 @@ def best_grid(process: Process, denoise: Field, path: Array, ts: Array, n: int) 
     return jnp.append(jnp.asarray(ts)[chosen], ts[-1])
 
 
-def step_costs(process: Process, denoise: Field, path: Array, ts: Array) -> Array:
-    """Return what a step from ts[i] to ts[j] costs in nats, shape (len(ts), len(ts)); infinite unless i < j.
+def step_costs(process: Process, denoise: Field, path: Array, ts: Array, *, power: float = 0.25) -> Array:
+    """Return what a step from ts[i] to ts[j] costs, shape (len(ts), len(ts)); infinite unless i < j.
 
-    1/2 int |x_0(t) - x_0(ts[i])|^2 d(SNR), averaged over samples: the KL divergence of the path of the stochastic
-    sampler that holds x_0 (eta = 1) from the reverse SDE's, by Girsanov's theorem; Sabour et al. 2024 (arXiv
-    2404.14507), section 3. By the trapezoidal rule on ts.
+    1/2 int |x_0(t) - x_0(ts[i])|^2 SNR^power d(log SNR), averaged over samples, for a step that holds x_0. With power =
+    1 it is the KL divergence in nats of the stochastic sampler's path (eta = 1) from the reverse SDE's, by Girsanov's
+    theorem; Sabour et al. 2024 (arXiv 2404.14507), section 3. By the trapezoidal rule on ts.
 
     Args:
       process: as in `best_grid`.
       denoise: as in `best_grid`.
       path: as in `best_grid`.
       ts: as in `best_grid`.
+      power: as in `best_grid`.
 
     Raises:
       ValueError: as `best_grid`.
       TypeError: as `best_grid`.
     """
+    if not power > 0:
+        raise ValueError(f"power must be positive, got {power}")
     check_grid(ts, decreasing=True)
     check_array(path, "path")
     if path.ndim < 2 or len(path) != len(ts) or path.shape[1] < 1:
         raise ValueError(f"path must have shape (len(ts), batch, *event) with len(ts) = {len(ts)}, got {path.shape}")
     ts = jnp.asarray(ts)
-    snr = jnp.exp(log_snr(process, ts))
-    if is_concrete(snr) and not bool(jnp.isfinite(snr[-1])):
+    along = jnp.exp(power * log_snr(process, ts)) / power
+    if is_concrete(along) and not bool(jnp.isfinite(along[-1])):
         raise ValueError(f"the grid must end where sigma > 0, got t = {float(ts[-1])}")
     values = jax.lax.map(lambda pair: call(denoise, *pair), (path, ts)).reshape(len(ts), -1)
     place = jnp.arange(len(ts) - 1)
@@ -82,7 +88,7 @@ def step_costs(process: Process, denoise: Field, path: Array, ts: Array) -> Arra
     def row(i):
         # From differences, and summed from i on: next to an SNR of 1e10 inner products or whole sums lose all digits.
         apart = jnp.sum((values - values[i][None]) ** 2, axis=1) / path.shape[1]
-        pieces = jnp.where(place >= i, 0.25 * (apart[1:] + apart[:-1]) * jnp.diff(snr), 0)
+        pieces = jnp.where(place >= i, 0.25 * (apart[1:] + apart[:-1]) * jnp.diff(along), 0)
         return jnp.append(0, jnp.cumsum(pieces))
 
     costs = jax.lax.map(row, jnp.arange(len(ts)))

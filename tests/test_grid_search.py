@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 
-from jdiff import analytic, grid_search, processes, sampling, solvers, times
+from jdiff import analytic, grid_search, metrics, processes, sampling, solvers, times
 
 PROCESSES = {
     "VP": processes.VP(),
@@ -38,19 +38,21 @@ def candidates(process, count, batch=64, t_min=None, std=0.1):
     return exact, ts, path
 
 
+@pytest.mark.parametrize("power", [0.25, 1.0])
 @pytest.mark.parametrize("n", [1, 2, 4, 9])
-def test_no_other_grid_is_cheaper(n, x64):
+def test_no_other_grid_is_cheaper(n, power, x64):
     process = PROCESSES["VP"]
     exact, ts, path = candidates(process, 9, batch=16)
-    costs = np.asarray(grid_search.step_costs(process, exact.denoise, path, ts))
+    costs = np.asarray(grid_search.step_costs(process, exact.denoise, path, ts, power=power))
     price = lambda chosen: sum(costs[i, j] for i, j in itertools.pairwise(chosen))
     every = [(0, *inner, 9) for inner in itertools.combinations(range(1, 9), n - 1)]
     best = min(every, key=price)
-    got = grid_search.best_grid(process, exact.denoise, path, ts, n)
+    got = grid_search.best_grid(process, exact.denoise, path, ts, n, power=power)
     np.testing.assert_array_equal(got, ts[jnp.array(best)])
 
 
-def test_kl_is_its_integral(x64):
+@pytest.mark.parametrize("power", [0.25, 1.0])
+def test_costs_are_their_integral(power, x64):
     process, mean, std = PROCESSES["EDM"], 0.3, 0.6
     exact = analytic.gaussian(process, jnp.array([mean]), std)
     ts = times.uniform_log_snr(process, 400, t_min=0.01)
@@ -60,8 +62,8 @@ def test_kl_is_its_integral(x64):
     spread = lambda t: np.sqrt(std**2 + t**2)
     u2 = float(jnp.mean((start - mean) ** 2)) / spread(process.t_max) ** 2
     apart = lambda t: np.sqrt(u2) * std**2 * abs(1 / spread(t) - 1 / spread(float(ts[i])))
-    want = scipy.integrate.quad(lambda t: apart(t) ** 2 / t**3, float(ts[j]), float(ts[i]))[0]
-    got = grid_search.step_costs(process, exact.denoise, path, ts)
+    want = scipy.integrate.quad(lambda t: apart(t) ** 2 / t ** (1 + 2 * power), float(ts[j]), float(ts[i]))[0]
+    got = grid_search.step_costs(process, exact.denoise, path, ts, power=power)
     assert float(got[i, j]) == pytest.approx(want, rel=2e-3)
 
 
@@ -92,7 +94,7 @@ def test_kl_is_that_of_the_discretised_path(x64):
         want += np.mean((share * (gain(t) * x - held)) ** 2) / (2 * variance)
         x = (1 - share) * x + share * gain(t) * x + np.sqrt(variance) * rng.normal(size=x.shape)
     ts, path = jnp.array(fine[::10]), jnp.array(np.stack(paths)[::10, :, None])
-    costs = grid_search.step_costs(process, exact.denoise, path, ts)
+    costs = grid_search.step_costs(process, exact.denoise, path, ts, power=1.0)
     places = np.searchsorted(-fine[::10], -coarse)
     got = sum(float(costs[i, j]) for i, j in itertools.pairwise(places))
     assert got == pytest.approx(want, rel=0.02)
@@ -159,6 +161,8 @@ def test_bad_input():
     for n in (0, 9):
         with pytest.raises(ValueError, match="n must be from 1 to 8"):
             search(path, ts, n)
+    with pytest.raises(ValueError, match="power must be positive"):
+        search(path, ts, 3, power=0.0)
     with pytest.raises(ValueError, match="decrease"):
         search(path, ts[::-1], 3)
     with pytest.raises(ValueError, match="path must have shape"):
@@ -182,3 +186,26 @@ def test_bad_input_to_refine():
         refine(x, end, ts.at[2].set(ts[1]))
     with pytest.raises(ValueError, match="needs a key"):
         grid_search.refine_grid(solvers.ddim(process, exact.denoise, 0.5), x, end, ts)
+
+
+@pytest.mark.parametrize("name", ["VP", "EDM", "Rectified"])
+def test_best_grids_serve_stochastic_sampling(name):
+    """Energy distance of ancestral samples in 10 steps to the data: less than on all usual grids."""
+    process = PROCESSES[name]
+    t_min = float(processes.time_at(process, jnp.asarray(2 * np.log(50.0))))
+    exact = target(process, 0.1)
+    solver, keys = solvers.ancestral(process, exact.denoise), jax.random.split(KEY, 2000)
+    run = jax.jit(sampling.sample, static_argnums=(1, 2, 3), static_argnames="path")
+    fine = times.uniform_log_snr(process, 128, t_min=t_min)
+    _, path = run(jax.random.key(9), process, solver, (256, 2), fine, path=True)
+    grids = {
+        make.__name__: make(process, 10, t_min=t_min)
+        for make in (times.linear, times.quadratic, times.karras, times.uniform_log_snr)
+    }
+    grids["best"] = grid_search.best_grid(process, exact.denoise, path, fine, 10)
+    data = processes.perturb(process, exact.sample(jax.random.key(1), 2000), jax.random.normal(KEY, (2000, 2)), t_min)
+    distance = {
+        k: float(metrics.energy_distance(run(keys, process, solver, (2000, 2), ts), data)) for k, ts in grids.items()
+    }
+    best = distance.pop("best")
+    assert best < 0.9 * min(distance.values()), (best, distance)
