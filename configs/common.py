@@ -60,7 +60,7 @@ def defaults() -> ConfigDict:
     c.likelihood.divergence = "rademacher"
     c.likelihood.probes = 1
     c.likelihood.draws = 1  # dequantisations (each with its own probes) per image
-    c.likelihood.variable = "t"  # t or log_snr: the time in which the solver steps
+    c.likelihood.variable = "t"  # t, log_snr, asinh or angle: the time in which the solver steps
     c.likelihood.rtol = 1e-5
     c.likelihood.atol = 1e-5
     # 0: the process's own; for truncated_normal and discrete bounds the t where half a cell of a level is 3 sigma

@@ -7,6 +7,7 @@ import difflib
 import functools
 import inspect
 import math
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 
 import jdiff
 from experiments import song2021
-from jdiff import guidance, losses, nn, predictions, processes, solvers, times, training
+from jdiff import guidance, losses, nn, predictions, processes, sde, solvers, times, training
 from jdiff.levels import level_field
 from jdiff.transforms import DataTransform, random_flip
 
@@ -434,7 +435,7 @@ def check(config: ConfigDict) -> None:
     _check_protocol(config)
     pick(("jit", "shard_map", "pmap"), config.training.mapping, "training.mapping")
     pick(("rademacher", "gaussian", "exact"), config.likelihood.divergence, "likelihood.divergence")
-    pick(("t", "log_snr"), config.likelihood.variable, "likelihood.variable")
+    pick(("t", *get_args(sde.NoiseTime)), config.likelihood.variable, "likelihood.variable")
     pick(("uniform", "truncated_normal"), config.likelihood.dequantisation, "likelihood.dequantisation")
     pick(("highest", "high", "default"), config.likelihood.matmul_precision, "likelihood.matmul_precision")
     pick((*SOLVERS, *ADAPTIVE), config.sampling.solver, "sampling.solver")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from jdiff._array import (
     rademacher_like,
 )
 from jdiff._typing import Array, Field, Key, Kind, Process
-from jdiff.sde import SDE, in_log_noise, probability_flow
+from jdiff.sde import SDE, NoiseTime, in_noise_time, noise_time, probability_flow
 from jdiff.solvers.adaptive import integrate_adaptive
 from jdiff.solvers.tableaus import DORMAND_PRINCE, Tableau
 
@@ -65,7 +65,7 @@ def log_likelihood(
     atol: float = 1e-5,
     tableau: Tableau = DORMAND_PRINCE,
     max_steps: int = 4096,
-    variable: Literal["t", "log_snr"] = "t",
+    variable: Literal["t"] | NoiseTime = "t",
     t_min: float | None = None,
     prior_log_prob: Callable[[Array], Array] | None = None,
     axis_name: str | None = None,
@@ -74,8 +74,7 @@ def log_likelihood(
 
     Drift and divergence come from one linearised pass (a jvp), never a forward and a backward. Each probe is fixed
     along the trajectory: the estimator is E_e[e . (dv/dx) e] (Hutchinson 1990; Grathwohl et al. 2019, arXiv
-    1810.01367). The log-determinants, in nats per entry of x, are in the error norm beside x, so `rtol` and `atol`
-    control both.
+    1810.01367). The error norm of an example is the joint one of x and its log-determinants in nats.
 
     Args:
       key: one key or one per example; may be None for divergence="exact".
@@ -90,8 +89,8 @@ def log_likelihood(
       atol: absolute tolerance.
       tableau: the Runge-Kutta pair.
       max_steps: cap on steps per example; reaching it sets `failed`.
-      variable: time in which the solver steps, t or log-SNR; the second often needs half the evaluations, and is not
-        there where alpha(t_max) = 0 (Rectified, Cosine).
+      variable: time in which the solver steps: t, or one of `jdiff.sde.in_noise_time`. "log_snr" and "asinh" often need
+        half the evaluations or less, and are not there where alpha(t_max) = 0 (Rectified, Cosine).
       t_min: where the density is evaluated (default: process.t_min).
       prior_log_prob: z -> log-density at t_max, shape (batch,) (default: the process's prior).
       axis_name: see `integrate_adaptive`.
@@ -111,8 +110,8 @@ def log_likelihood(
         raise ValueError(f"unknown divergence {divergence!r}; choose 'rademacher', 'gaussian' or 'exact'")
     if probes < 1 or (divergence == "exact" and probes != 1):
         raise ValueError(f"probes must be at least 1, and 1 for the exact divergence; got {probes}")
-    if variable not in ("t", "log_snr"):
-        raise ValueError(f"unknown variable {variable!r}; choose 't' or 'log_snr'")
+    if variable not in (known := ("t", *get_args(NoiseTime))):
+        raise ValueError(f"unknown variable {variable!r}; choose one of {', '.join(known)}")
     t_min = process.t_min if t_min is None else t_min
     if not 0 <= t_min < process.t_max:
         raise ValueError(f"t_min must be in [0, {process.t_max}), got {t_min}")
@@ -120,7 +119,6 @@ def log_likelihood(
         raise ValueError("random probes need a key, got None")
 
     flow = probability_flow(process, field, predict=predict)
-    size = event_size(x)
     tangents = _tangents(key, x, divergence, probes, batch)
 
     def augmented(state, t):
@@ -128,16 +126,16 @@ def log_likelihood(
         velocity, traces = _velocity_and_traces(lambda x: flow.drift(x, t), x, tangents)
         if divergence == "exact":
             traces = jnp.sum(traces, axis=1, keepdims=True)
-        return velocity, traces / size
+        return velocity, traces
 
     # One column per probe; zeros made from x vary over devices as x does.
     logdet = jnp.zeros_like(x, shape=(batch, probes)) + 0 * x.reshape(batch, -1)[:, :1]
     ode, ends = SDE(augmented), (t_min, process.t_max)
-    if variable == "log_snr":
-        ends = tuple(-0.5 * processes.log_snr(process, jnp.asarray(t, coefficient_dtype(x))) for t in ends)
+    if variable != "t":
+        ends = tuple(noise_time(process, jnp.asarray(t, coefficient_dtype(x)), variable) for t in ends)
         if is_concrete(ends[1]) and not bool(jnp.isfinite(ends[1])):
-            raise ValueError("variable='log_snr' needs alpha(t_max) > 0: integrate this process in 't'")
-        ode = in_log_noise(process, ode)
+            raise ValueError(f"variable={variable!r} needs alpha(t_max) > 0: integrate this process in 't' or 'angle'")
+        ode = in_noise_time(process, ode, variable)
     solution = integrate_adaptive(
         ode,
         (x, logdet),
@@ -146,10 +144,10 @@ def log_likelihood(
         atol=atol,
         tableau=tableau,
         max_steps=max_steps,
+        norm="joint",
         axis_name=axis_name,
     )
     latent, logdet = solution.x
-    logdet = size * logdet
     end = processes.prior_log_prob(process, latent) if prior_log_prob is None else prior_log_prob(latent)
     log_prob = end + jnp.mean(logdet, axis=1)
     failed = solution.failed | ~jnp.isfinite(log_prob)

@@ -7,7 +7,7 @@ decreasing t, where dt is negative and the noise has variance |dt|.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from jdiff._array import batch_time, call, expand, lincomb
 from jdiff._typing import Array, Field, Kind, Process, PyTree
 from jdiff.predictions import check_kind, conversion
-from jdiff.processes import rates, squared_diffusion, time_at
+from jdiff.processes import log_snr, rates, squared_diffusion, time_at
 
-__all__ = ["SDE", "forward", "in_log_noise", "probability_flow", "reverse", "reverse_sde"]
+__all__ = ["SDE", "forward", "in_noise_time", "noise_time", "probability_flow", "reverse", "reverse_sde"]
+
+NoiseTime = Literal["log_snr", "asinh", "angle"]
 
 
 class SDE(NamedTuple):
@@ -109,28 +111,57 @@ def probability_flow(process: Process, field: Field, *, predict: Kind = "score")
     return SDE(drift)
 
 
-def in_log_noise(process: Process, ode: SDE) -> SDE:
-    """Return an ODE in the time u = log(sigma/alpha): dx/du = drift(x, t(u)) dt/du, where the flow is less stiff.
+def noise_time(process: Process, t: Array, variable: NoiseTime, *, scale: float = 0.1) -> Array:
+    """Return the time u(t) of `in_noise_time`; infinite for "log_snr" and "asinh" where alpha = 0.
 
-    Half the log-SNR with its sign changed: the scale on which noise levels are alike (Lu et al. 2022, arXiv 2206.00927,
-    section 3). Its ends are -log_snr/2 at the ends of t; infinite where alpha = 0, which is outside of this function.
+    Raises:
+      ValueError: unknown variable.
+    """
+    _check_noise_time(variable)
+    if variable == "log_snr":
+        return -0.5 * log_snr(process, t)
+    alpha, sigma = process.marginal(t)
+    return jnp.arcsinh(sigma / (scale * alpha)) if variable == "asinh" else jnp.arctan2(sigma, alpha)
+
+
+def in_noise_time(process: Process, ode: SDE, variable: NoiseTime, *, scale: float = 0.1) -> SDE:
+    """Return an ODE in another time u, dx/du = drift(x, t(u)) dt/du, where the flow is less stiff.
+
+    With rho = sigma/alpha, "log_snr": u = log rho, half the log-SNR with its sign changed, on which noise levels are
+    alike (Lu et al. 2022, arXiv 2206.00927, section 3). "asinh": u = arcsinh(rho / scale), the same for large noise and
+    linear in rho below `scale`, where the flow of data whose density is as wide is nearly straight. "angle": u = arctan
+    rho, the time in which the variance-normalised state x / sqrt(alpha^2 + sigma^2) moves by the v-prediction; finite
+    also where alpha = 0. The ends of u are those of t by `noise_time`.
 
     Args:
       process: the process whose time the ODE has.
       ode: drift only; its state may be a pytree, such as (x, log-determinants).
+      variable: which time.
+      scale: of "asinh".
 
     Raises:
-      ValueError: an SDE with diffusion.
+      ValueError: an SDE with diffusion, an unknown variable.
     """
+    _check_noise_time(variable)
     if ode.diffusion is not None:
         raise ValueError("only ODEs change their time here: the diffusion of an SDE would change as well")
+    log_rho = {
+        "log_snr": lambda u: u,
+        "asinh": lambda u: jnp.log(scale * jnp.sinh(u)),
+        "angle": lambda u: jnp.log(jnp.tan(u)),
+    }[variable]
 
     def drift(x, u):
-        t = time_at(process, -2 * batch_time(u, x))
-        alpha, sigma, dalpha, dsigma = rates(process, t)
-        return lincomb((1 / (dsigma / sigma - dalpha / alpha), call(ode.drift, x, t)))
+        t = time_at(process, -2 * log_rho(batch_time(u, x)))
+        _, speed = jax.jvp(lambda t: noise_time(process, t, variable, scale=scale), (t,), (jnp.ones_like(t),))
+        return lincomb((1 / speed, call(ode.drift, x, t)))
 
     return SDE(drift)
+
+
+def _check_noise_time(variable):
+    if variable not in get_args(NoiseTime):
+        raise ValueError(f"unknown variable {variable!r}; choose one of {', '.join(get_args(NoiseTime))}")
 
 
 def reverse_sde(sde: SDE, score: Field, *, eta: Array | float = 1.0) -> SDE:

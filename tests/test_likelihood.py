@@ -276,18 +276,32 @@ def test_inside_shard_map():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_steps_in_log_snr_give_the_same_likelihood(x64):
+def test_steps_in_other_times_give_the_same_likelihood(x64):
     process = jdiff.SubVP()
     data = analytic.gaussian_mixture(process, jnp.ones(2), jnp.array([[-1.0, 0.5], [1.0, 0.0]]), 0.2)
     x = data.sample(jax.random.key(0), 4)
     end = lambda z: data.log_prob(z, process.t_max)
     options = dict(divergence="exact", rtol=1e-8, atol=1e-8, prior_log_prob=end)
-    runs = {v: log_likelihood(None, process, data.score, x, variable=v, **options) for v in ("t", "log_snr")}
+    runs = {
+        v: log_likelihood(None, process, data.score, x, variable=v, **options)
+        for v in ("t", "log_snr", "asinh", "angle")
+    }
     for run in runs.values():
         np.testing.assert_allclose(run.log_prob, data.log_prob(x, process.t_min), atol=2e-6)
-    np.testing.assert_allclose(runs["t"].latent, runs["log_snr"].latent, atol=1e-6)
-    with pytest.raises(ValueError, match="alpha"):
-        log_likelihood(None, jdiff.Rectified(), lambda x, t: -x, x, predict="velocity", variable="log_snr", **options)
+        np.testing.assert_allclose(runs["t"].latent, run.latent, atol=1e-6)
+    for variable in ("log_snr", "asinh"):
+        with pytest.raises(ValueError, match="alpha"):
+            log_likelihood(
+                None, jdiff.Rectified(), lambda x, t: -x, x, predict="velocity", variable=variable, **options
+            )
+    process = jdiff.Rectified()
+    data = analytic.gaussian(process, jnp.array([-1.0, 0.5]), 0.2)
+    field = jdiff.probability_flow(process, data.denoise, predict="x0").drift
+    options["prior_log_prob"] = None
+    angle, t = (
+        log_likelihood(None, process, field, x, predict="velocity", variable=v, **options) for v in ("angle", "t")
+    )
+    np.testing.assert_allclose(angle.log_prob, t.log_prob, atol=1e-5)
 
 
 def test_bad_input():

@@ -297,14 +297,22 @@ def test_bad_input():
         jdiff.probability_flow(jdiff.VP(), lambda x, t: x[:, :1]).drift(x, 0.5)
 
 
-def test_time_in_log_noise_follows_the_same_flow(x64):
-    process = jdiff.VP()
+@pytest.mark.parametrize("variable", ["log_snr", "asinh", "angle"])
+@pytest.mark.parametrize("process", [jdiff.VP(), jdiff.VE(), jdiff.Rectified()], ids=["VP", "VE", "Rectified"])
+def test_times_of_noise_follow_the_same_flow(process, variable, x64):
     data = analytic.gaussian(process, jnp.array([0.3, -1.0]), 0.5)
-    flow = jdiff.sde.in_log_noise(process, jdiff.probability_flow(process, data.score))
+    flow = jdiff.sde.in_noise_time(process, jdiff.probability_flow(process, data.score), variable, scale=0.2)
     x, t = jnp.array([[0.2, -0.4], [1.0, 0.7]]), jnp.array([0.1, 0.6])
-    u = -0.5 * jdiff.processes.log_snr(process, t)
+    alpha, sigma = (np.asarray(c) for c in process.marginal(t))
+    rho = sigma / alpha
+    u = {"log_snr": np.log(rho), "asinh": np.arcsinh(rho / 0.2), "angle": np.arctan(rho)}[variable]
+    np.testing.assert_allclose(jdiff.sde.noise_time(process, t, variable, scale=0.2), u, rtol=1e-12)
+    ratio = {"log_snr": np.exp, "asinh": lambda u: 0.2 * np.sinh(u), "angle": np.tan}[variable]
+    there = lambda h: data.flow(x, t, jdiff.processes.time_at(process, jnp.asarray(-2 * np.log(ratio(u + h)))))
     step = 1e-6
-    there = lambda h: data.flow(x, t, jdiff.processes.time_at(process, -2 * (u + h)))
-    np.testing.assert_allclose(flow.drift(x, u), (there(step) - there(-step)) / (2 * step), rtol=1e-7)
+    np.testing.assert_allclose(flow.drift(x, jnp.asarray(u)), (there(step) - there(-step)) / (2 * step), rtol=1e-6)
     with pytest.raises(ValueError, match="only ODEs"):
-        jdiff.sde.in_log_noise(process, jdiff.forward(process))
+        jdiff.sde.in_noise_time(process, jdiff.forward(process), variable)
+    for function in (jdiff.sde.in_noise_time, jdiff.sde.noise_time):
+        with pytest.raises(ValueError, match="unknown variable 'log'; choose one of log_snr, asinh, angle"):
+            function(process, flow, "log")

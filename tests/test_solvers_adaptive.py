@@ -250,6 +250,19 @@ def test_trees(x64):
     np.testing.assert_array_equal(got.x["still"], 0)
 
 
+def test_the_joint_norm_is_that_of_one_array(x64):
+    """A state split into two arrays takes the steps of the same state in one."""
+    x = starts()
+    split = lambda x: {"fast": x[:, :1], "rest": x[:, 1:]}
+    join = lambda state: jnp.concatenate([state["fast"], state["rest"]], axis=1)
+    parts = sde.SDE(lambda state, t: split(pendulum(join(state), t)))
+    run = jax.jit(lambda x, norm: solvers.integrate_adaptive(parts, x, 0.0, 3.0, norm=norm), static_argnums=1)
+    joint, largest = run(split(x), "joint"), run(split(x), "largest")
+    whole = jax.jit(lambda x: solvers.integrate_adaptive(PENDULUM, x, 0.0, 3.0))(x)
+    same(joint._replace(x=join(joint.x)), whole)
+    assert np.any(np.asarray(largest.evaluations) > np.asarray(whole.evaluations))
+
+
 # Derivatives ---------------------------------------------------------------------------------------------------------
 
 
@@ -367,6 +380,7 @@ def test_one_trace_for_new_numbers():
         (dict(atol=float("nan")), ValueError, "atol must be positive"),
         (dict(rtol=float("inf")), ValueError, "rtol must be positive"),
         (dict(max_steps=0), ValueError, "max_steps must be at least 1"),
+        (dict(norm="max"), ValueError, "unknown norm 'max'"),
         (dict(t1=0.0), ValueError, "must differ"),
         (dict(t1=jnp.array([1.0, 0.0, 1.0])), ValueError, "must differ"),
         (dict(t1=jnp.ones(2)), ValueError, r"scalar or have shape \(3,\)"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jdiff._array import (
     batch_time,
     call,
     check_state,
+    event_size,
     full_like_batch,
     is_concrete,
     lincomb,
@@ -68,13 +69,15 @@ def integrate_adaptive(
     atol: float = 1e-5,
     tableau: Tableau = DORMAND_PRINCE,
     max_steps: int = 4096,
+    norm: Literal["largest", "joint"] = "largest",
     axis_name: str | None = None,
 ) -> Solution:
     """Integrate an ODE from t0 to t1, in either direction, with a step size for each example of the batch.
 
-    A step is accepted where the error norm is at most 1; the norm of an example is the largest, over the arrays of its
-    state, of RMS(error / (atol + rtol max(|x|, |x_new|))). An example's result therefore does not depend on its batch
-    mates. All examples advance in one `while_loop`, which ends with the slowest; examples that are done are held.
+    A step is accepted where the error norm of an example is at most 1: RMS(error / (atol + rtol max(|x|, |x_new|))),
+    the largest over the arrays of its state or the joint one of all their entries. An example's result therefore does
+    not depend on its batch mates. All examples advance in one `while_loop`, which ends with the slowest; examples that
+    are done are held.
 
     Forward-mode derivatives hold the step sizes constant; reverse mode needs a fixed grid (`integrate`) or an adjoint
     (`to_diffrax`).
@@ -88,6 +91,7 @@ def integrate_adaptive(
       atol: absolute tolerance.
       tableau: a pair with an error estimate (BOGACKI_SHAMPINE, DORMAND_PRINCE, TSITOURAS, PRINCE_DORMAND).
       max_steps: cap on the steps of one example, accepted and rejected; reaching it sets `failed`.
+      norm: "largest" of the arrays' norms, or the "joint" norm.
       axis_name: inside shard_map or pmap, for a drift that itself communicates: all devices then do the same number of
         iterations.
 
@@ -96,7 +100,7 @@ def integrate_adaptive(
 
     Raises:
       ValueError: tolerances or max_steps not positive, an ODE with a diffusion, a tableau without an error estimate, t0
-        = t1.
+        = t1, unknown norm.
       TypeError: x is not floating point.
     """
     check_state(x)
@@ -106,6 +110,8 @@ def integrate_adaptive(
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")
     if tableau.error is None or not tableau.fsal:
         raise ValueError("the tableau must have an error estimate and its last stage first in the next step (fsal)")
+    if norm not in ("largest", "joint"):
+        raise ValueError(f"unknown norm {norm!r}; choose 'largest' or 'joint'")
     t0, t1 = batch_time(t0, x), batch_time(t1, x)
     if is_concrete(t0) and is_concrete(t1) and bool((t0 == t1).any()):
         raise ValueError("t0 and t1 must differ")
@@ -116,15 +122,19 @@ def integrate_adaptive(
     direction = jnp.sign(t1 - t0)
     exponent, eps = 1 / tableau.order, jnp.finfo(t0.dtype).eps
 
-    def norm(error, x, x_new):
+    def error_norm(error, x, x_new):
         def leaf(e, a, b):
             scale = atol + rtol * jnp.maximum(jnp.abs(a), jnp.abs(b))
-            return jnp.sqrt(mean_event((e / scale).astype(t0.dtype) ** 2))
+            return mean_event((e / scale).astype(t0.dtype) ** 2)
 
-        ratios = [leaf(*leaves) for leaves in zip(*(jax.tree.leaves(tree) for tree in (error, x, x_new)))]
-        largest = jax.lax.stop_gradient(jnp.max(jnp.stack(ratios), axis=0))
+        means = [leaf(*leaves) for leaves in zip(*(jax.tree.leaves(tree) for tree in (error, x, x_new)))]
+        if norm == "largest":
+            square = jnp.max(jnp.stack(means), axis=0)
+        else:
+            square = sum(event_size(leaf) / event_size(x) * mean for leaf, mean in zip(jax.tree.leaves(x), means))
+        found = jax.lax.stop_gradient(jnp.sqrt(square))
         # A non-finite stage is an error too large to accept, not a NaN to carry.
-        return jnp.where(jnp.isfinite(largest), largest, jnp.inf)
+        return jnp.where(jnp.isfinite(found), found, jnp.inf)
 
     def drift(x, t):
         return add_zero(call(ode.drift, x, t), zero)
@@ -138,7 +148,7 @@ def integrate_adaptive(
     measured = np.zeros((3, count))
     measured[0, 0], measured[1, :2], measured[2] = 1, (-1, 1), tableau.error
     measured = jnp.asarray(measured, t0.dtype)
-    size = norm(x, x, x)
+    size = error_norm(x, x, x)
 
     def any_active(carry):
         anyone = jnp.any(carry.active)
@@ -168,7 +178,7 @@ def integrate_adaptive(
 
         x_new = lincomb((1.0, carry.x), (h, _weighted(tableau.b, slopes)))
         per = jnp.where(first, 1, jnp.where(second, 1 / jnp.abs(c[1] * h), h))
-        error = norm(lincomb((per, _weighted(measured[jnp.minimum(carry.turns, 2)], slopes))), carry.x, x_new)
+        error = error_norm(lincomb((per, _weighted(measured[jnp.minimum(carry.turns, 2)], slopes))), carry.x, x_new)
 
         accept = carry.active & ~starting & (error <= 1)
         safe = jnp.clip(error, 1e-8, 1e8)
