@@ -38,8 +38,10 @@ def main() -> None:
     parser.add_argument("--workdir", nargs="+", default=["runs/digits"], help="run folders (make demo)")
     parser.add_argument("--images", type=int, default=64, help="so many last images of the test split")
     parser.add_argument("--tolerances", type=float, nargs="+", default=TOLERANCES)
+    parser.add_argument("--published-tolerances", type=float, nargs="+", help="where other than --tolerances")
     parser.add_argument("--truth", type=float, default=1e-9, help="tolerance of the truth")
     parser.add_argument("--single", action="store_true", help="the truth in float32: good to about 1e-5, and sooner")
+    parser.add_argument("--variable", help="time in which we step (default: the run's)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--name", default="likelihood_pareto", help="of the JSON and the picture")
     options = common.parse(parser)
@@ -65,7 +67,7 @@ def _measure(workdir, options):
             field(params),
             x,
             predict=config.network.predict,
-            variable=config.likelihood.variable,
+            variable=options.variable or config.likelihood.variable,
             rtol=tolerance,
             atol=tolerance,
         )
@@ -90,7 +92,7 @@ def _measure(workdir, options):
         print(name, "ours     ", ours[-1], flush=True)
 
     protocol = _classical(config, process, field, trained, x, probes)
-    for tolerance in options.tolerances:
+    for tolerance in options.published_tolerances or options.tolerances:
         (log_prob, evaluations), wall = _timed(lambda tolerance=tolerance: protocol(tolerance), options.repeats)
         classical.append(_row(tolerance, bits(log_prob) - truth, wall, np.asarray([evaluations])))
         print(name, "classical", classical[-1], flush=True)

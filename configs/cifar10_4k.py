@@ -31,7 +31,7 @@ def get_config(mode: str = "full") -> ConfigDict:
     c.training.batch_size = 64
     c.training.ema_decay = 0.99
     c.training.checkpoint_every = 200
-    c.likelihood.variable = "log_snr"
+    c.likelihood.variable = "asinh"
     c.likelihood.rtol = c.likelihood.atol = 1e-3
     c.likelihood.batch_size = c.likelihood.tolerance_images = 125
     if mode == "smoke":

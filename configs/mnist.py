@@ -38,7 +38,7 @@ def get_config(mode: str = "full") -> ConfigDict:
     c.training.validate_every = 1000
     c.training.checkpoint_every = 500
     c.training.keep = 10
-    c.likelihood.variable = "log_snr"
+    c.likelihood.variable = "asinh"
     c.likelihood.rtol = c.likelihood.atol = 1e-3
     c.sampling.grid = "uniform_log_snr"
     c.sampling.steps = 50

@@ -34,7 +34,7 @@ def get_config(mode: str = "full") -> ConfigDict:
     c.training.ema_decay = 0.998
     c.training.validate_every = 500
     c.training.checkpoint_every = 500
-    c.likelihood.variable = "log_snr"
+    c.likelihood.variable = "asinh"
     c.likelihood.rtol = c.likelihood.atol = 1e-4
     c.sampling.grid = "uniform_log_snr"
     c.sampling.steps = 50

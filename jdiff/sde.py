@@ -111,7 +111,7 @@ def probability_flow(process: Process, field: Field, *, predict: Kind = "score")
     return SDE(drift)
 
 
-def noise_time(process: Process, t: Array, variable: NoiseTime, *, scale: float = 0.1) -> Array:
+def noise_time(process: Process, t: Array, variable: NoiseTime, *, scale: float = 0.03) -> Array:
     """Return the time u(t) of `in_noise_time`; infinite for "log_snr" and "asinh" where alpha = 0.
 
     Raises:
@@ -124,7 +124,7 @@ def noise_time(process: Process, t: Array, variable: NoiseTime, *, scale: float 
     return jnp.arcsinh(sigma / (scale * alpha)) if variable == "asinh" else jnp.arctan2(sigma, alpha)
 
 
-def in_noise_time(process: Process, ode: SDE, variable: NoiseTime, *, scale: float = 0.1) -> SDE:
+def in_noise_time(process: Process, ode: SDE, variable: NoiseTime, *, scale: float = 0.03) -> SDE:
     """Return an ODE in another time u, dx/du = drift(x, t(u)) dt/du, where the flow is less stiff.
 
     With rho = sigma/alpha, "log_snr": u = log rho, half the log-SNR with its sign changed, on which noise levels are
