@@ -7,8 +7,8 @@ gaussian: 64-D, moments of the 8x8 digits; the samples' law is found exactly (th
 the Wasserstein-2 distance and the KL divergence. checkerboard: 2-D, 72 Gaussians; energy distance and the sample
 Wasserstein-2 distance. mixture: 64-D, 50 Gaussians fitted to the digits; energy distance. mnist: a trained network;
 energy and Frechet distance in the features of a small classifier trained here. "+ error": the same field with a smooth
-error of known size added to it. Targets are those at t_min, so that an exact solver has no error at all. Errors are
-standard errors over keys. CSV, PNG and Markdown go to the output folder.
+error of known size added to its v-prediction. Targets are those at t_min, so that an exact solver has no error at all.
+Errors are standard errors over keys. CSV, PNG and Markdown go to the output folder.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ GRIDS = {
     "uniform_log_snr": times.uniform_log_snr,
     "karras": times.karras,
 }
-# Found for each field, solver and number of steps with samples of other keys; in the table as a grid of its own.
+# Found for each exact field, solver and number of steps with samples of other keys; in the table as a grid of its own.
 SEARCHED, MOST_REFINED = "searched", 20
 REFINED = ("ddim", "edm", "dpmpp_2m", "dpmpp_3m", "unipc-2")
 # Solver -> grid: quadratic for first-order methods, log-SNR for the others, as the known fields suggest.
@@ -107,9 +107,12 @@ SIDE_BY_SIDE = {"ancestral": (1000, 100, 20), "ddim": (100, 20, 10), "dpmpp_2m":
 def main() -> None:
     """Measure, print, and write the table and the pictures."""
     parser = common.parser(__doc__)
-    parser.add_argument("--targets", nargs="+", default=["gaussian", "checkerboard", "mixture"])
+    known = ["gaussian", "checkerboard", "mixture", "mnist"]
+    parser.add_argument("--targets", nargs="+", default=known[:3], choices=known)
     parser.add_argument("--solvers", nargs="+", default=None, choices=list(CASES))
-    parser.add_argument("--grids", nargs="+", default=[*GRIDS, SEARCHED])
+    parser.add_argument(
+        "--grids", nargs="+", default=[*GRIDS, SEARCHED], choices=[*GRIDS, SEARCHED], help="not of mnist"
+    )
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
     parser.add_argument("--workdir", default="runs/mnist_smooth", help="of --targets mnist")
     parser.add_argument("--images", type=int, default=64, help="of --targets mnist, for each of four keys")
@@ -136,8 +139,8 @@ def _analytic(target, options):
     for name, field in {"exact": exact.denoise, "+ error": wrong(exact.denoise)}.items():
         if target == "gaussian" and name != "exact":
             continue  # its error is not affine
-        judge = _moments if target == "gaussian" else functools.partial(_samples, reference=draw, w2=len(shape) == 1)
-        paths = _fine_paths(field, shape)
+        judge = _moments if target == "gaussian" else functools.partial(_samples, reference=draw, w2=shape == (2,))
+        paths = _fine_paths(field, shape) if name == "exact" and SEARCHED in options.grids else None
         for solver in options.solvers or CASES:
             case = CASES[solver]
             programs = {}
@@ -263,7 +266,7 @@ def _moments(case, field, exact, shape, ts, programs):
 
 
 def wrong(denoise, size=0.1):
-    """Return the field with an error of RMS `size` in the velocity: x_0 + size sigma sqrt(2) sin(5 W x + phase)."""
+    """Return the field with an error of RMS `size` in v: x_0 + size sigma sqrt(2) sin(5 W x + phase)."""
 
     def field(x, t):
         width = x.shape[-1]
@@ -341,7 +344,7 @@ TARGETS = {"gaussian": gaussian, "checkerboard": checkerboard, "mixture": mixtur
 def _mnist(options):
     """Yield the rows of a trained network: samples from the same keys, and a picture of them side by side.
 
-    All end where sigma/alpha is one of 256 levels, and take one x_0 prediction there, which is not counted.
+    All end where sigma/alpha is half of one of 256 levels, and take one x_0 prediction there, which is not counted.
     """
     config, process, field, trained, source = common.trained_model(options.workdir)
     transform, shape = trained.model.transform, source.shape

@@ -85,8 +85,9 @@ _x0, _score = _as("x0"), _as("score")
 def _predictor_corrector(process, field, predict, c, noise):
     largest = lambda s: process.marginal(s)[1] ** 2
     score = _score(process, field, predict)
-    corrector = solvers.langevin(score, snr=c.snr, steps=c.corrector_steps, largest=largest, noise=noise)
+    corrector = solvers.langevin(score, snr=c.snr, steps=c.corrector_steps, largest=largest)
     predictor = solvers.euler_maruyama(_reverse(process, field, predict, c), noise=noise)
+    # A corrector's step has no length in time, along which a Brownian path could move: its noise is white.
     return solvers.predictor_corrector(predictor, corrector)
 
 
@@ -385,11 +386,10 @@ def solver(config: ConfigDict, trained: jdiff.Field, noise: solvers.Noise = solv
     return make(process(config), trained, config.network.predict, config.sampling, noise)
 
 
-def adaptive(config: ConfigDict, trained: jdiff.Field, keys, x, noise: solvers.Noise = solvers.white):
-    """Return what the adaptive solver named in config.sampling makes of x at t_max: a Solution at t_min."""
+def adaptive(config: ConfigDict, trained: jdiff.Field, keys, x, ends, noise: solvers.Noise = solvers.white):
+    """Return what the adaptive solver named in config.sampling makes of x at ends[0]: a Solution at ends[1]."""
     solve = pick(ADAPTIVE, config.sampling.solver, "sampling.solver")
-    ts = grid(config, "linear")
-    return solve(process(config), trained, config.network.predict, config.sampling, keys, x, ts[0], ts[-1], noise)
+    return solve(process(config), trained, config.network.predict, config.sampling, keys, x, *ends, noise)
 
 
 def denoiser(config: ConfigDict, trained: jdiff.Field) -> jdiff.Field:
@@ -436,6 +436,12 @@ def check(config: ConfigDict) -> None:
     pick(("jit", "shard_map", "pmap"), config.training.mapping, "training.mapping")
     pick(("rademacher", "gaussian", "exact"), config.likelihood.divergence, "likelihood.divergence")
     pick(("t", *get_args(sde.NoiseTime)), config.likelihood.variable, "likelihood.variable")
+    if (variable := config.likelihood.variable) != "t":
+        last = jnp.asarray(process(config).t_max)
+        if not bool(jnp.isfinite(sde.noise_time(process(config), last, variable))):
+            raise ValueError(
+                f"likelihood.variable = {variable!r} is infinite at the end of {config.process.name}: use t"
+            )
     pick(("uniform", "truncated_normal"), config.likelihood.dequantisation, "likelihood.dequantisation")
     pick(("highest", "high", "default"), config.likelihood.matmul_precision, "likelihood.matmul_precision")
     pick((*SOLVERS, *ADAPTIVE), config.sampling.solver, "sampling.solver")
@@ -444,6 +450,7 @@ def check(config: ConfigDict) -> None:
     optimiser(config)
     pick((*GRIDS, SEARCHED), config.sampling.grid, "sampling.grid")
     grid(config, "linear" if config.sampling.grid == SEARCHED else None)
+    pick(("small", "large"), config.sampling.variance, "sampling.variance")
     pick(("white", "brownian"), config.sampling.noise, "sampling.noise")
     if not 0 <= config.loss.label_dropout <= 1:
         raise ValueError(f"loss.label_dropout must be in [0, 1], got {config.loss.label_dropout}")

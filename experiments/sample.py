@@ -37,7 +37,7 @@ def sample(config: ConfigDict, run: Run) -> np.ndarray:
     Raises:
       FileNotFoundError: nothing has been trained here.
       ValueError: a folder of another configuration, a label that the data do not have, no searched grid.
-      FloatingPointError: values that are not finite; the first step that gave them is named.
+      FloatingPointError: values that are not finite; on a grid the first step that gave them is named.
     """
     c = config.sampling
     source = data.load(config.data.name, config.data.train)
@@ -133,23 +133,27 @@ def _adaptive(config, described):
       FloatingPointError: from the function returned: a solve that did not arrive.
     """
     c, forward_process = config.sampling, build.process(config)
+    grid = build.grid(config, "linear")
+    ends = grid[0], grid[-1]
 
     @jax.jit
     def draw(params, statistics, keys, cond):
         field = build.guided(config, described.module, params, statistics, cond)
         start, own = (jax.vmap(lambda key, n=n: jax.random.fold_in(key, n))(keys) for n in (0, 1))
         x = prior_sample(start, forward_process, (*keys.shape, *described.shape))
-        solution = build.adaptive(config, field, own, x, _noise(config, keys))
+        solution = build.adaptive(config, field, own, x, ends, _noise(config, keys))
         x = solution.x
         if c.denoise:
-            x = build.denoiser(config, field)(x, jnp.full(len(x), build.grid(config, "linear")[-1]))
+            x = build.denoiser(config, field)(x, jnp.full(len(x), ends[1]))
         return x, solution.evaluations, solution.failed
 
     def checked(*args):
         x, evaluations, failed = draw(*args)
         evaluations = np.asarray(evaluations)
-        if bool(failed.any()) or not bool(jnp.isfinite(x).all()):
+        if bool(failed.any()):
             raise FloatingPointError(f"{c.solver} did not arrive for {int(failed.sum())} of {len(x)} samples")
+        if not bool(jnp.isfinite(x).all()):
+            raise FloatingPointError(f"the last denoising after {c.solver} gave values that are not finite")
         print(f"{c.solver}: {evaluations.mean():.0f} evaluations on average, {evaluations.max()} at most")
         return x, None, None
 
@@ -160,7 +164,8 @@ def _noise(config, keys):
     """Return where the solver's noise comes from."""
     if config.sampling.noise == "white":
         return solvers.white
-    return solvers.brownian(jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys), build.process(config))
+    own = jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys)
+    return solvers.brownian(own, build.process(config), t_min=config.sampling.t_min or None)
 
 
 def _song2021(config, described):

@@ -25,25 +25,36 @@ from jdiff.processes import prior_sample
 
 _USUAL = ("linear", "quadratic", "uniform_log_snr", "karras")
 _FINE = 128
+_OPTIONS = ("eta", "churn", "churn_noise", "order", "last_corrector", "variance", "snr", "corrector_steps")
 
 
 def search_grid(config: ConfigDict, run: Run, *, samples: int = 64) -> dict:
     """Search with `samples` samples, measure on as many others; return what the JSON file holds.
 
+    "errors" has the measure of the usual grids and of the one found; None where a usual grid of stochastic solvers is
+    finer somewhere than the candidates.
+
     Raises:
       FileNotFoundError: nothing has been trained here.
-      ValueError: a folder of another configuration, a solver that chooses its own steps.
+      ValueError: a folder of another configuration, a solver that chooses its own steps, labels, numbers out of range.
     """
     c = config.sampling
     if c.solver in build.ADAPTIVE:
         raise ValueError(f"{c.solver} chooses its steps itself: a grid is for the other solvers")
+    if c.label != "null":
+        raise ValueError(
+            f"grids are searched for with unconditional samples: sampling.label is {c.label!r}, not 'null'"
+        )
+    if samples < 1 or not c.steps < _FINE:
+        raise ValueError(f"samples must be positive and sampling.steps below {_FINE}, got {samples} and {c.steps}")
     trained = model.load(config, run, data.load(config.data.name, config.data.train))
     described, process = trained.model, build.process(config)
     coarse = {name: build.grid(config, name) for name in _USUAL}
-    ends = float(coarse["linear"][-1]), float(coarse["linear"][0])
-    fine = times.uniform_log_snr(process, _FINE, t_min=ends[0], t_max=ends[1])
+    last, first = float(coarse["linear"][-1]), min(float(coarse["linear"][0]), process.t_max)
+    fine = times.uniform_log_snr(process, _FINE, t_min=last, t_max=first)
     keys = jax.random.split(jax.random.key(c.seed), 2 * samples)
     x = prior_sample(keys, process, (2 * samples, *described.shape))
+    seen, other = slice(0, samples), slice(samples, 2 * samples)
 
     def compiled(function):
         """With the trained field first; the arrays of the model are arguments, not constants."""
@@ -53,20 +64,23 @@ def search_grid(config: ConfigDict, run: Run, *, samples: int = 64) -> dict:
         program = jax.jit(with_field, compiler_options=compiler_options())
         return lambda *args: program(trained.params, trained.statistics, *args)
 
-    found = {"solver": c.solver, "steps": c.steps, "step": trained.step}
     if _stochastic(config, x):
 
         def search(field, keys, x):
             denoise = build.denoiser(config, field)
             _, path = solvers.integrate(keys, solvers.ancestral(process, denoise), x, fine, path=True)
-            costs = grid_search.step_costs(process, denoise, path, fine)
-            price = lambda places: jnp.sum(costs[places[:-1], places[1:]])
             best = grid_search.best_grid(process, denoise, path, fine, c.steps)
-            usual = {name: jnp.argmin(jnp.abs(fine[None] - ts[:, None]), axis=1) for name, ts in coarse.items()}
-            places = jnp.argmin(jnp.abs(fine[None] - best[:, None]), axis=1)
-            return best, {name: price(p) for name, p in {**usual, build.SEARCHED: places}.items()}
+            return best, grid_search.step_costs(process, denoise, path, fine)
 
-        best, errors = compiled(search)(keys[:samples], x[:samples])
+        search = compiled(search)
+        best, _ = search(keys[seen], x[seen])
+        _, costs = search(keys[other], x[other])
+
+        def error(ts):
+            places = np.argmin(np.abs(np.asarray(fine)[None] - np.asarray(ts)[:, None]), axis=1)
+            price = float(np.sum(np.asarray(costs)[places[:-1], places[1:]]))
+            return price if np.isfinite(price) else None
+
         measure = "cost of the steps"
     else:
         exact = lambda field, x: solvers.integrate(None, solvers.edm(process, build.denoiser(config, field)), x, fine)[
@@ -74,15 +88,14 @@ def search_grid(config: ConfigDict, run: Run, *, samples: int = 64) -> dict:
         ]
         end = compiled(exact)(x)
         run_solver = compiled(lambda field, x, ts: solvers.integrate(None, build.solver(config, field), x, ts)[0])
-        error = lambda ts, part: jnp.sqrt(jnp.mean((run_solver(x[part], ts) - end[part]) ** 2))
-        seen, other = slice(0, samples), slice(samples, 2 * samples)
-        begin = min(coarse.values(), key=lambda ts: float(error(ts, seen)))
+        error = lambda ts, part=other: float(jnp.sqrt(jnp.mean((run_solver(x[part], ts) - end[part]) ** 2)))
+        begin = min(coarse.values(), key=lambda ts: error(ts, seen))
         refine = compiled(lambda field, x, end, ts: grid_search.refine_grid(build.solver(config, field), x, end, ts))
         best = refine(x[seen], end[seen], begin)
-        errors = {name: error(ts, other) for name, ts in {**coarse, build.SEARCHED: best}.items()}
         measure = "RMS error of a sample"
-    found |= {"ts": np.asarray(best).tolist(), "measure": measure}
-    found["errors"] = {name: float(value) for name, value in errors.items()}
+    errors = {name: error(ts) for name, ts in {**coarse, build.SEARCHED: best}.items()}
+    found = {"step": trained.step, "sampling": _identity(config), "ts": np.asarray(best).tolist()}
+    found |= {"measure": measure, "errors": errors}
     run.write_json(file_name(config), found)
     return found
 
@@ -93,7 +106,7 @@ def file_name(config: ConfigDict) -> str:
 
 
 def read(config: ConfigDict, run: Run, step: int) -> jax.Array:
-    """Return the grid that was found for this solver, number of steps and checkpoint.
+    """Return the grid that was found for this solver, its options, number of steps and checkpoint.
 
     Raises:
       ValueError: there is none, or a damaged one, or one for other parameters.
@@ -105,9 +118,15 @@ def read(config: ConfigDict, run: Run, step: int) -> jax.Array:
     ts = found.get("ts") if isinstance(found, dict) else None
     if not isinstance(ts, list) or not all(isinstance(t, float) for t in ts) or len(ts) != config.sampling.steps + 1:
         raise ValueError(f"{file} must hold {config.sampling.steps + 1} times")
-    if found.get("step") != step:
-        raise ValueError(f"{file} is for step {found.get('step')} of the training, not {step}: search again")
+    if found.get("step") != step or found.get("sampling") != _identity(config):
+        raise ValueError(f"{file} was found at another step of the training or for other sampling fields: search again")
     return jnp.asarray(ts)
+
+
+def _identity(config):
+    """The fields of sampling that a grid depends on."""
+    c = config.sampling
+    return {name: c[name] for name in ("solver", "steps", "t_min", "guidance", *_OPTIONS)}
 
 
 def _stochastic(config, x):
@@ -129,9 +148,9 @@ def main() -> None:
 
     def run(config, folder):
         found = search_grid(config, folder, samples=flags.FLAGS.samples)
-        print(f"{found['measure']}, {found['solver']}, {found['steps']} steps:")
+        print(f"{found['measure']}, {config.sampling.solver}, {config.sampling.steps} steps:")
         for name, value in found["errors"].items():
-            print(f"  {name:16s} {value:.4g}")
+            print(f"  {name:16s} {'-' if value is None else format(value, '.4g')}")
         print(folder / file_name(config))
 
     cli.main(run, evaluation=True)

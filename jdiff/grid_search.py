@@ -43,14 +43,15 @@ def best_grid(process: Process, denoise: Field, path: Array, ts: Array, n: int, 
     if not 1 <= n < count:
         raise ValueError(f"n must be from 1 to {count - 1}, the number of candidate steps; got {n}")
     # best[j]: least cost of the way from 0 to j with the steps so far.
-    start = jnp.where(jnp.arange(count) == 0, 0, jnp.inf).astype(costs.dtype)
+    start = jnp.where(jnp.arange(count) == 0, 0, jnp.inf).astype(costs.dtype) + 0 * costs[0, -1]
 
     def one_more(best, _):
         ways = best[:, None] + costs
         return jnp.min(ways, axis=0), jnp.argmin(ways, axis=0)
 
     _, before = jax.lax.scan(one_more, start, length=n)
-    _, chosen = jax.lax.scan(lambda j, before: (before[j], before[j]), count - 1, before, reverse=True)
+    last = jnp.full_like(before[0, 0], count - 1) + 0 * before[0, 0]
+    _, chosen = jax.lax.scan(lambda j, before: (before[j], before[j]), last, before, reverse=True)
     return jnp.append(jnp.asarray(ts)[chosen], ts[-1])
 
 
@@ -155,5 +156,7 @@ def refine_grid(solver: Solver, x: Array, target: Array, ts: Array, *, iteration
         best = jnp.argmin(losses)
         return jnp.where(losses[best] < jnp.sum(value**2), moved[best], logs), None
 
-    logs, _ = jax.lax.scan(iterate, jnp.log(steps), length=iterations)
+    # The zero makes the carry vary over devices as x does, as shard_map asks.
+    begin = jnp.log(steps) + 0 * x.ravel()[0].astype(steps.dtype)
+    logs, _ = jax.lax.scan(iterate, begin, length=iterations)
     return jnp.concatenate([ts[:1], times(logs), ts[-1:]])

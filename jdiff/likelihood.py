@@ -6,12 +6,14 @@ log p_tmin(x) = log p_tmax(z) + int div v dt, with z the latent at t_max (Song e
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jdiff import processes
 from jdiff._array import (
@@ -99,8 +101,8 @@ def log_likelihood(
       LogLikelihood(log_prob, latent, evaluations, probe_error, failed).
 
     Raises:
-      ValueError: unknown divergence or kind, probes < 1, tolerances <= 0, t_min outside [0, t_max), keys that do not
-        fit.
+      ValueError: unknown divergence, kind or variable, a variable that is infinite at t_min or t_max, probes < 1,
+        tolerances <= 0, t_min outside [0, t_max), keys that do not fit.
       TypeError: x not floating point, keys not typed threefry keys.
     """
     batch = check_array(x)
@@ -132,9 +134,14 @@ def log_likelihood(
     logdet = jnp.zeros_like(x, shape=(batch, probes)) + 0 * x.reshape(batch, -1)[:, :1]
     ode, ends = SDE(augmented), (t_min, process.t_max)
     if variable != "t":
-        ends = tuple(noise_time(process, jnp.asarray(t, coefficient_dtype(x)), variable) for t in ends)
-        if is_concrete(ends[1]) and not bool(jnp.isfinite(ends[1])):
-            raise ValueError(f"variable={variable!r} needs alpha(t_max) > 0: integrate this process in 't' or 'angle'")
+        known = all(is_concrete(leaf) for leaf in jax.tree.leaves(process))
+        with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
+            ends = tuple(noise_time(process, jnp.asarray(t, coefficient_dtype(x)), variable) for t in ends)
+        if known and not np.isfinite(ends).all():
+            raise ValueError(
+                f"variable={variable!r} is not finite from t = {t_min} to {process.t_max}, where alpha or sigma is 0: "
+                "integrate this process in 't' or 'angle'"
+            )
         ode = in_noise_time(process, ode, variable)
     solution = integrate_adaptive(
         ode,

@@ -37,22 +37,25 @@ def energy_distance(x: Array, y: Array) -> Array:
 def frechet_distance(x: Array, y: Array) -> Array:
     """Return the squared Frechet distance of the Gaussians with the moments of two sets of samples: `gaussian_w2`.
 
-    With features of an Inception network it is FID (Heusel et al. 2017, arXiv 1706.08500, eq. 6). It is biased upwards
-    by about the number of features over that of samples.
+    With features of an Inception network it is FID (Heusel et al. 2017, arXiv 1706.08500, eq. 6). It is biased upwards:
+    few samples scatter more than many.
 
     Raises:
       ValueError: shapes that do not fit.
     """
     x, y = _two(x, y)
-    return gaussian_w2(jnp.mean(x, axis=0), jnp.cov(x.T), jnp.mean(y, axis=0), jnp.cov(y.T))
+    return gaussian_w2(*_moments(x), *_moments(y))
 
 
 def gaussian_w2(mean: Array, covariance: Array, other_mean: Array, other_covariance: Array) -> Array:
     """Return the squared Wasserstein-2 distance of two Gaussians, means (D,), covariances (D, D).
 
     |m - m'|^2 + tr(C + C' - 2 (C^(1/2) C' C^(1/2))^(1/2)), Dowson & Landau 1982 (J. Multivar. Anal. 12, 450).
+
+    Raises:
+      ValueError: shapes that do not fit.
     """
-    covariance, other_covariance = jnp.atleast_2d(covariance), jnp.atleast_2d(other_covariance)
+    _check_gaussians(mean, covariance, other_mean, other_covariance)
     values, vectors = jnp.linalg.eigh(covariance)
     root = jnp.matmul(vectors * jnp.sqrt(jnp.maximum(values, 0))[None], vectors.T, precision="highest")
     inner = jnp.matmul(jnp.matmul(root, other_covariance, precision="highest"), root, precision="highest")
@@ -62,14 +65,33 @@ def gaussian_w2(mean: Array, covariance: Array, other_mean: Array, other_covaria
 
 
 def gaussian_kl(mean: Array, covariance: Array, other_mean: Array, other_covariance: Array) -> Array:
-    """Return KL(N(mean, covariance) || N(other_mean, other_covariance)) in nats, means (D,), covariances (D, D)."""
-    covariance, other_covariance = jnp.atleast_2d(covariance), jnp.atleast_2d(other_covariance)
+    """Return KL(N(mean, covariance) || N(other_mean, other_covariance)) in nats, means (D,), covariances (D, D).
+
+    1/2 (tr(C'^-1 C) + (m' - m) C'^-1 (m' - m) - D - log det(C'^-1 C)), Kullback 1959, section 9.1.
+
+    Raises:
+      ValueError: shapes that do not fit.
+    """
+    _check_gaussians(mean, covariance, other_mean, other_covariance)
     root = jnp.linalg.cholesky(other_covariance)
     solve = lambda b: jax.scipy.linalg.solve_triangular(root, b, lower=True)
     ratio = solve(solve(covariance).T)
     _, log_det = jnp.linalg.slogdet(ratio)
     shift = solve((other_mean - mean)[:, None])
     return 0.5 * (jnp.trace(ratio) + jnp.sum(shift**2) - len(mean) - log_det)
+
+
+def _check_gaussians(mean, covariance, other_mean, other_covariance):
+    shapes = [jnp.shape(a) for a in (mean, covariance, other_mean, other_covariance)]
+    (size,) = shapes[0] if len(shapes[0]) == 1 else (0,)
+    if size < 1 or shapes != [(size,), (size, size)] * 2:
+        raise ValueError(f"two means (D,) and two covariances (D, D) are needed, got shapes {shapes}")
+
+
+def _moments(x):
+    mean = jnp.mean(x, axis=0)
+    rest = x - mean[None]
+    return mean, jnp.matmul(rest.T, rest, precision="highest") / (len(x) - 1)
 
 
 def _two(x, y):
@@ -82,4 +104,10 @@ def _two(x, y):
 
 def _row_sums(x, y):
     """sum_j |x_i - y_j|, from differences: inner products would lose the digits of neighbours."""
-    return jax.lax.map(lambda a: jnp.sum(jnp.sqrt(jnp.sum((a[None] - y) ** 2, axis=1))), x, batch_size=16)
+
+    def row(a):
+        square = jnp.sum((a[None] - y) ** 2, axis=1)
+        # A sample's distance to itself has no derivative; it counts as 0.
+        return jnp.sum(jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0))
+
+    return jax.lax.map(row, x, batch_size=16)

@@ -218,10 +218,13 @@ def rates(process: Process, t: Array) -> Rates:
 
 
 def log_snr(process: Process, t: Array) -> Array:
-    """Return log(alpha^2 / sigma^2) at t; it decreases with t, to -inf where alpha = 0 (its derivative there is 0)."""
+    """Return log(alpha^2 / sigma^2) at t; it decreases with t, to -inf where alpha = 0.
+
+    Where it is infinite its derivative is 0.
+    """
     alpha, sigma = process.marginal(_as_time(t))
     # A derivative of log at 0 would be infinite, and NaN where it meets the fixed end of a grid.
-    log = lambda c: jnp.where(c > 0, jnp.log(jnp.where(c > 0, c, 1)), -jnp.inf)
+    log = lambda c: jnp.where(c == 0, -jnp.inf, jnp.log(jnp.where(c == 0, 1, c)))
     return 2 * (log(alpha) - log(sigma))
 
 

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import batch_time, call, expand, lincomb
+from jdiff._array import batch_time, call, expand, is_concrete, lincomb
 from jdiff._typing import Array, Field, Kind, Process, PyTree
 from jdiff.predictions import check_kind, conversion
 from jdiff.processes import log_snr, rates, squared_diffusion, time_at
@@ -115,12 +115,12 @@ def noise_time(process: Process, t: Array, variable: NoiseTime, *, scale: float 
     """Return the time u(t) of `in_noise_time`; infinite for "log_snr" and "asinh" where alpha = 0.
 
     Raises:
-      ValueError: unknown variable.
+      ValueError: unknown variable, scale not positive.
     """
-    _check_noise_time(variable)
+    _check_noise_time(variable, scale)
     if variable == "log_snr":
         return -0.5 * log_snr(process, t)
-    alpha, sigma = process.marginal(t)
+    alpha, sigma = process.marginal(jnp.asarray(t, jnp.result_type(t, 1.0)))
     return jnp.arcsinh(sigma / (scale * alpha)) if variable == "asinh" else jnp.arctan2(sigma, alpha)
 
 
@@ -129,9 +129,9 @@ def in_noise_time(process: Process, ode: SDE, variable: NoiseTime, *, scale: flo
 
     With rho = sigma/alpha, "log_snr": u = log rho, half the log-SNR with its sign changed, on which noise levels are
     alike (Lu et al. 2022, arXiv 2206.00927, section 3). "asinh": u = arcsinh(rho / scale), the same for large noise and
-    linear in rho below `scale`, where the flow of data whose density is as wide is nearly straight. "angle": u = arctan
-    rho, the time in which the variance-normalised state x / sqrt(alpha^2 + sigma^2) moves by the v-prediction; finite
-    also where alpha = 0. The ends of u are those of t by `noise_time`.
+    linear in rho below `scale`, where the flow of data whose density is as wide is nearly straight (ours). "angle": u =
+    arctan rho, the time in which the variance-normalised state x / sqrt(alpha^2 + sigma^2) moves by the v-prediction;
+    finite also where alpha = 0. The ends of u are those of t by `noise_time`.
 
     Args:
       process: the process whose time the ODE has.
@@ -140,15 +140,16 @@ def in_noise_time(process: Process, ode: SDE, variable: NoiseTime, *, scale: flo
       scale: of "asinh".
 
     Raises:
-      ValueError: an SDE with diffusion, an unknown variable.
+      ValueError: an SDE with diffusion, an unknown variable, scale not positive.
     """
-    _check_noise_time(variable)
+    _check_noise_time(variable, scale)
     if ode.diffusion is not None:
         raise ValueError("only ODEs change their time here: the diffusion of an SDE would change as well")
     log_rho = {
         "log_snr": lambda u: u,
         "asinh": lambda u: jnp.log(scale * jnp.sinh(u)),
-        "angle": lambda u: jnp.log(jnp.tan(u)),
+        # Not log tan: float32's pi/2 lies beyond the pole.
+        "angle": lambda u: jnp.log(jnp.sin(u)) - jnp.log(jnp.maximum(jnp.cos(u), 0)),
     }[variable]
 
     def drift(x, u):
@@ -159,7 +160,9 @@ def in_noise_time(process: Process, ode: SDE, variable: NoiseTime, *, scale: flo
     return SDE(drift)
 
 
-def _check_noise_time(variable):
+def _check_noise_time(variable, scale):
+    if is_concrete(scale) and not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
     if variable not in get_args(NoiseTime):
         raise ValueError(f"unknown variable {variable!r}; choose one of {', '.join(get_args(NoiseTime))}")
 

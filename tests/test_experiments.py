@@ -312,6 +312,14 @@ def test_every_solver_is_offered(done, capsys):
     assert re.findall(r"(adaptive\w*): \d+ evaluations on average", capsys.readouterr().out) == list(build.ADAPTIVE)
     many = sample.sample(_config(sampling__steps=200, sampling__number=2, sampling__batch_size=2), done)
     assert np.abs(seen["adaptive"].astype(int) - many).max() <= 1
+    # Kinds of which nothing is said at t_max of some processes.
+    build.adaptive(
+        _config(sampling__solver="adaptive", network__predict="eps"),
+        lambda x, t: x,
+        None,
+        jnp.ones((1, 2)),
+        (jnp.asarray(1.0), jnp.asarray(0.5)),
+    )
     tight = dict(sampling__number=2, sampling__batch_size=2, sampling__rtol=1e-3, sampling__atol=1e-3)
     brownian = [
         sample.sample(_config(**tight, **options, sampling__noise="brownian"), done).astype(int)
@@ -358,8 +366,8 @@ def test_a_searched_grid(name, done, tmp_path, capsys):
     assert len(ts) == 5 and np.all(np.diff(ts) < 0)
     np.testing.assert_allclose(ts[[0, -1]], usual[[0, -1]], rtol=1e-6)
     errors = found["errors"]
-    # By dynamic programming no grid is cheaper; by least squares on other samples it is at least near the best.
-    assert errors["searched"] <= min(errors.values()) * (1 if name == "ancestral" else 1.1)
+    # On other samples than were searched with: at least near the best.
+    assert errors["searched"] <= 1.1 * min(value for value in errors.values() if value is not None)
 
     config = _config(sampling__solver=name, sampling__steps=4, sampling__grid="searched", sampling__number=2)
     assert sample.sample(config, run).shape == (2, 8, 8, 1)
@@ -367,15 +375,21 @@ def test_a_searched_grid(name, done, tmp_path, capsys):
     with pytest.raises(ValueError, match=rf"grid_{name}_5\.json; run experiments\.search_grid first"):
         sample.sample(config, run)
     config.sampling.steps = 4
-    run.write_json(f"grid_{name}_4.json", found | {"step": 5})
-    with pytest.raises(ValueError, match="is for step 5 of the training, not 10"):
-        sample.sample(config, run)
+    for change in ({"step": 5}, {"sampling": found["sampling"] | {"t_min": 0.1}}):
+        run.write_json(f"grid_{name}_4.json", found | change)
+        with pytest.raises(ValueError, match="another step of the training or for other sampling fields: search again"):
+            sample.sample(config, run)
     for damaged in ([1.0], found | {"ts": [1.0, 0.5]}, found | {"ts": ["a"] * 5}):
         run.write_json(f"grid_{name}_4.json", damaged)
         with pytest.raises(ValueError, match=f"grid_{name}_4.json must hold 5 times"):
             sample.sample(config, run)
-    with pytest.raises(ValueError, match="chooses its steps itself"):
-        search_grid.search_grid(_config(sampling__solver="adaptive"), run)
+    for changes, message in (
+        ({"sampling__solver": "adaptive"}, "chooses its steps itself"),
+        ({"sampling__label": "3"}, "unconditional samples"),
+        ({"sampling__steps": 128}, "sampling.steps below 128"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            search_grid.search_grid(_config(**changes), run)
 
 
 def test_the_learning_curve_evaluates_every_checkpoint(done, tmp_path):

@@ -40,6 +40,14 @@ def test_energy_distance_without_bias(x64):
         assert np.mean(got) == pytest.approx(want, abs=4 * np.std(got) / np.sqrt(200))
 
 
+def test_energy_distance_has_a_gradient(x64):
+    x, y = (jnp.array(np.random.default_rng(seed).normal(size=(5, 2))) for seed in (0, 1))
+    gradient = jax.grad(metrics.energy_distance)(x, y)
+    nudge = jnp.zeros_like(x).at[2, 1].set(1e-6)
+    difference = (metrics.energy_distance(x + nudge, y) - metrics.energy_distance(x - nudge, y)) / 2e-6
+    assert float(gradient[2, 1]) == pytest.approx(float(difference), rel=1e-5)
+
+
 def test_gaussian_w2_against_the_matrix_root(x64):
     means, covariances = gaussians()
     root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
@@ -76,5 +84,8 @@ def test_bad_input(function):
         function(jnp.ones((3, 2)), jnp.ones((3, 1)))
     with pytest.raises(ValueError, match="at least two"):
         function(jnp.ones((1, 2)), jnp.ones((3, 2)))
+    for other in (metrics.gaussian_w2, metrics.gaussian_kl):
+        with pytest.raises(ValueError, match="two means"):
+            other(jnp.ones(3), jnp.ones(3), jnp.ones(3), jnp.eye(3))
     with pytest.raises(TypeError, match="floating point"):
         function(jnp.ones((3, 2), int), jnp.ones((3, 2)))

@@ -314,5 +314,21 @@ def test_times_of_noise_follow_the_same_flow(process, variable, x64):
     with pytest.raises(ValueError, match="only ODEs"):
         jdiff.sde.in_noise_time(process, jdiff.forward(process), variable)
     for function in (jdiff.sde.in_noise_time, jdiff.sde.noise_time):
+        with pytest.raises(ValueError, match="scale must be positive"):
+            function(process, flow, variable, scale=0.0)
         with pytest.raises(ValueError, match="unknown variable 'log'; choose one of log_snr, asinh, angle"):
             function(process, flow, "log")
+
+
+@pytest.mark.parametrize(
+    "process", [jdiff.Rectified(), jdiff.Cosine(), jdiff.EDM()], ids=["Rectified", "Cosine", "EDM"]
+)
+def test_the_angle_goes_to_the_end_of_time_in_float32(process):
+    """float32's pi/2 is beyond the pole of the tangent: t must still be t_max there."""
+    data = analytic.gaussian(process, jnp.array([0.3, -1.0]), 0.5)
+    flow = jdiff.sde.in_noise_time(process, jdiff.probability_flow(process, data.denoise, predict="x0"), "angle")
+    ends = [jdiff.sde.noise_time(process, jnp.asarray(t), "angle") for t in (process.t_max, 0.01)]
+    x = jnp.array([[0.2, -0.4], [1.0, 0.7]]) * process.marginal(jnp.asarray(process.t_max))[1]
+    got = jdiff.solvers.integrate_adaptive(flow, x, *ends)
+    assert not bool(got.failed.any())
+    np.testing.assert_allclose(got.x, data.flow(x, process.t_max, 0.01), atol=1e-3)

@@ -239,6 +239,9 @@ def test_ancestral_learned_variance(process, x64):
         close(one_step(solvers.ancestral(process, ends, variance="learned"), x, t, s, keys), same)
     with pytest.raises(ValueError, match="shape"):
         one_step(solvers.ancestral(process, denoise, variance="learned"), x, t, s, keys)
+    if process.marginal(jnp.zeros(()))[1] == 0:
+        last = one_step(solvers.ancestral(process, both, variance="learned"), x, t, 0.0, keys)
+        close(last, process.marginal(jnp.zeros(()))[0] * denoise(x, jnp.full(3, t)))
 
 
 @every_process

@@ -64,8 +64,9 @@ def integrate_adaptive_sde(
 
     u = x_t + h f(x_t, t) + sqrt(|h|) g(x_t, t) z,    x_s = (x_t + u + h f(u, s) + sqrt(|h|) g(u, s) z) / 2,
 
-    accepted where RMS((u - x_s) / max(atol, rtol max(|u|, |u'|))) <= 1, u' being the u of the last accepted step. Two
-    evaluations a try; the step that follows is 0.9 h error^-0.9. As in their algorithm the better of the two, x_s,
+    accepted where RMS((u - x_s) / max(atol, rtol max(|u|, |u'|))) <= 1, u' being the u of the last accepted step (x at
+    first); of several arrays the largest norm counts. Two evaluations a try; the step that follows is 0.9 h error^-0.9,
+    at least h/10 and at most 10 h. As in their algorithm the better of the two, x_s,
     goes on, which is `stochastic_heun`, and a rejected try draws new noise: the accepted steps are therefore those
     whose noise was kind, a bias that vanishes with the tolerance. With `noise=brownian(...)` all tries of an example
     see one path, and there is no such bias.
@@ -96,7 +97,7 @@ def integrate_adaptive_sde(
     check_tolerances(rtol, atol)
     if sde.diffusion is None:
         raise ValueError("this solver integrates SDEs, this one has no diffusion: see integrate_adaptive")
-    if max_steps < 1 or not first_step > 0:
+    if max_steps < 1 or (is_concrete(first_step) and not first_step > 0):
         raise ValueError(f"max_steps and first_step must be positive, got {max_steps} and {first_step}")
     t0, t1 = batch_time(t0, x), batch_time(t1, x)
     if is_concrete(t0) and is_concrete(t1) and bool((t0 == t1).any()):
@@ -131,7 +132,7 @@ def integrate_adaptive_sde(
         error = norm(low, high, carry.previous)
         accept = carry.active & (error <= 1)
         factor = jnp.clip(_SAFETY * jnp.clip(error, 1e-8, 1e8) ** -_EXPONENT, _SHRINK, _GROW)
-        h_next = jax.lax.stop_gradient(h * jnp.where(accept, factor, jnp.minimum(factor, _SAFETY)))
+        h_next = jax.lax.stop_gradient(h * factor)
         resolution = 4 * eps * jnp.maximum(jnp.abs(carry.t), eps * jnp.abs(t1 - t0))
         evaluations = carry.evaluations + 2 * carry.active.astype(jnp.int32)
         arrived = accept & last

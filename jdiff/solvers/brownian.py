@@ -21,7 +21,8 @@ def brownian(key: Key, process: Process, *, t_min: float | None = None, t_max: f
     noise draws another one. The clock is c = arctan(sigma/alpha), finite for every process; any smooth one would do,
     since a solver scales z itself. W is found by halving the interval of time around c (Gaines & Lyons 1997, SIAM J.
     Appl. Math. 57, 1455), 20 levels deep, each drawn from the example's key and the number of its node: nothing is
-    stored, and a step costs 44 normals. Steps below 1e-6 of the range of c may share a leaf, and z is then not exact.
+    stored, and a step costs 44 normals. Steps below 1e-6 of the range of c may share a leaf, and z is then not exact; a
+    step of no length, such as a corrector's, has no noise at all.
 
     Args:
       key: one key, or one per example, shape (batch,); the keys that a solver hands on are not looked at. It must be

@@ -156,7 +156,7 @@ def ancestral(
     q(x_t | x_s)). Ho et al. 2020 (arXiv 2006.11239), eqs. 6, 7 and section 3.2, in continuous time on any process.
 
     "learned" interpolates between the two in logarithms, entry by entry, by a second output v of the field:
-    variance = large^v small^(1 - v) (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15).
+    variance = large^v small^(1 - v) (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15); none where sigma_s = 0.
 
     Args:
       process: the forward process.
@@ -181,7 +181,7 @@ def ancestral(
         if variance == "learned":
             # As one field whose state is a pair, so that both outputs are checked.
             x0, v = call(lambda pair, t: denoise(pair[0], t), (x, x), t)
-            ratio = jnp.log(sigma_t / sigma_s)
+            ratio = jnp.log(sigma_t / jnp.where(sigma_s > 0, sigma_s, sigma_t))
             z = jax.tree.map(lambda v, z: jnp.exp(v * expand(ratio, v)) * z, v, z)
         else:
             x0 = call(denoise, x, t)
