@@ -312,14 +312,6 @@ def test_every_solver_is_offered(done, capsys):
     assert re.findall(r"(adaptive\w*): \d+ evaluations on average", capsys.readouterr().out) == list(build.ADAPTIVE)
     many = sample.sample(_config(sampling__steps=200, sampling__number=2, sampling__batch_size=2), done)
     assert np.abs(seen["adaptive"].astype(int) - many).max() <= 1
-    # Kinds of which nothing is said at t_max of some processes.
-    build.adaptive(
-        _config(sampling__solver="adaptive", network__predict="eps"),
-        lambda x, t: x,
-        None,
-        jnp.ones((1, 2)),
-        (jnp.asarray(1.0), jnp.asarray(0.5)),
-    )
     tight = dict(sampling__number=2, sampling__batch_size=2, sampling__rtol=1e-3, sampling__atol=1e-3)
     brownian = [
         sample.sample(_config(**tight, **options, sampling__noise="brownian"), done).astype(int)
@@ -329,6 +321,16 @@ def test_every_solver_is_offered(done, capsys):
         )
     ]
     assert np.abs(brownian[0] - brownian[1]).mean() < 0.5 < np.abs(brownian[0] - seen["adaptive_sde"]).mean()
+
+
+@pytest.mark.parametrize("name", ["adaptive", "adaptive_sde"])
+def test_adaptive_solvers_of_a_noise_prediction(name, monkeypatch):
+    """On Rectified, where such a field says nothing at t_max: the end is found before anything is traced."""
+    config = _config(sampling__solver=name, network__predict="eps", process__name="Rectified")
+    monkeypatch.setattr(build, "guided", lambda *args: lambda x, t: 0.5 * x)
+    draw = sample._adaptive(config, model.Model(None, None, (2, 2, 1), None))
+    x, path, times = draw(None, None, jax.random.split(jax.random.key(0), 3), None)
+    assert x.shape == (3, 2, 2, 1) and path is times is None
 
 
 def test_the_first_step_that_is_not_finite_is_named(done, monkeypatch):
