@@ -167,9 +167,13 @@ def maruyama(eta):
 
 
 def ancestral(variance):
-    return Stochastic(
-        lambda process, denoise, noise: solvers.ancestral(process, denoise, variance=variance, noise=noise)
-    )
+    def make(process, denoise, noise):
+        field = denoise
+        if variance == "learned":
+            field = lambda x, t: (denoise(x, t), jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.5), x))
+        return solvers.ancestral(process, field, variance=variance, noise=noise)
+
+    return Stochastic(make)
 
 
 def ddim(eta):
@@ -192,6 +196,7 @@ STOCHASTIC = {
     "euler_maruyama, eta = 0.5": maruyama(0.5),
     "ancestral, small": ancestral("small"),
     "ancestral, large": ancestral("large"),
+    "ancestral, learned": ancestral("learned"),
     "ddim, eta = 0.5": ddim(0.5),
     "ddim, eta = 1": ddim(1.0),
     "stochastic_heun": heun(1.0),
