@@ -79,6 +79,7 @@ CASES = {
     "dpmpp_2m_sde": Case(lambda p, f, n, z: solvers.dpmpp_2m(p, f, 1.0, noise=z), noisy=True),
     "dpmpp_3m_sde": Case(lambda p, f, n, z: solvers.dpmpp_3m(p, f, 1.0, noise=z), noisy=True),
 }
+NOISY = tuple(name for name, case in CASES.items() if case.noisy)
 # Beyond 100 evaluations only these go on: the others have arrived.
 LONG = ("ddim", "dpmpp_2m", "euler_maruyama", "ancestral", "ancestral, large")
 GRIDS = {
@@ -149,7 +150,7 @@ def _analytic(target, options):
                     steps = budget // case.cost
                     if steps < 1 or (budget > 100 and solver not in LONG):
                         continue
-                    ts = _grid(grid, solver, field, paths, steps)
+                    ts = jax.block_until_ready(_grid(grid, solver, field, paths, steps))
                     if ts is None:
                         continue
                     yield (
@@ -412,7 +413,52 @@ def markdown(rows):
                 cells.append(f"{best[measure]:.2g}{error} ({_SHORT[best['grid']]})" if best else "")
             lines.append(f"| {solver} | " + " | ".join(cells) + " |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines) + answers(rows)
+
+
+def answers(rows):
+    """Return what the rows say to three questions, as Markdown; at the best grids, differences against their errors."""
+    measure, target = "w2" if "kl" in rows[0] else "energy", rows[0]["target"]
+    best = {}
+    for row in rows:
+        key = row["field"], row["solver"], row["evaluations"]
+        if key not in best or row[measure] < best[key][measure]:
+            best[key] = row
+    value = lambda row: (
+        f"{row[measure]:.2g}" + (f" +- {row[f'{measure}_error']:.1g}" if f"{measure}_error" in row else "")
+    )
+    lines = []
+    for field in dict.fromkeys(row["field"] for row in rows):
+        budgets = sorted({row["evaluations"] for row in rows if row["field"] == field})
+        reference = best.get((field, "ancestral", 1000)) or best.get((field, "ancestral", max(budgets)))
+        for budget in (20, 50, 100):
+            if reference and (row := best.get((field, "ddim", budget))):
+                faster = _seconds(rows, reference) / _seconds(rows, row)
+                lines.append(
+                    f"* {target}, {field}: DDIM at {budget} {value(row)}, ancestral at {reference['evaluations']} "
+                    f"{value(reference)}, {faster:.0f} times the wall time"
+                )
+        for kind, names in {"second-order": ("dpmpp_2m", "unipc-2", "edm"), "stochastic": NOISY}.items():
+            found = []
+            for budget in budgets:
+                others = [best[field, name, budget] for name in names if (field, name, budget) in best]
+                against = "ddim" if kind == "second-order" else "dpmpp_2m"
+                base = best.get((field, against, budget))
+                if others and base:
+                    other = min(others, key=lambda row: row[measure])
+                    spread = math.hypot(*(row.get(f"{measure}_error", 0.0) for row in (other, base)))
+                    verdict = "no difference"
+                    if abs(base[measure] - other[measure]) > 2 * spread:
+                        verdict = "better" if other[measure] < base[measure] else "worse"
+                    found.append(f"{budget}: {verdict} ({other['solver']})")
+            lines.append(f"* {target}, {field}: best {kind} solver against {against}: " + "; ".join(found))
+    return "\n".join(lines) + "\n"
+
+
+def _seconds(rows, like):
+    """The program of a solver and a number of steps is one, whatever the grid."""
+    key = lambda row: (row["field"], row["solver"], row["evaluations"])
+    return min(row["seconds"] for row in rows if key(row) == key(like))
 
 
 _SHORT = {"linear": "t", "quadratic": "q", "uniform_log_snr": "l", "karras": "k", SEARCHED: "s"}
