@@ -87,7 +87,7 @@ def defaults() -> ConfigDict:
     c.sampling.denoise = True  # one last x0 prediction
     c.sampling.eta = 1.0  # stochasticity of ddim, dpmpp_2m_sde, dpmpp_3m_sde and of the reverse SDE
     c.sampling.variance = "small"  # of ancestral: small or large
-    c.sampling.noise = "white"  # brownian: one path of noise per sample, whatever the steps
+    c.sampling.noise = "white"  # brownian: one path of noise per sample, whatever the steps (adaptive_sde: always)
     c.sampling.rtol = c.sampling.atol = 0.0  # of adaptive and adaptive_sde; 0: their default
     c.sampling.churn = 0.0  # of edm: S_churn of Karras et al. 2022
     c.sampling.churn_noise = 1.0  # of edm: S_noise

@@ -141,7 +141,8 @@ def _adaptive(config, described):
         field = build.guided(config, described.module, params, statistics, cond)
         start, own = (jax.vmap(lambda key, n=n: jax.random.fold_in(key, n))(keys) for n in (0, 1))
         x = prior_sample(start, forward_process, (*keys.shape, *described.shape))
-        solution = build.adaptive(config, field, own, x, ends, _noise(config, keys))
+        # White noise, drawn anew for rejected tries, would bias the SDE's samples.
+        solution = build.adaptive(config, field, own, x, ends, _noise(config, keys, "brownian"))
         x = solution.x
         if c.denoise:
             x = build.denoiser(config, field)(x, jnp.full(len(x), ends[1]))
@@ -160,9 +161,9 @@ def _adaptive(config, described):
     return checked
 
 
-def _noise(config, keys):
+def _noise(config, keys, kind=None):
     """Return where the solver's noise comes from."""
-    if config.sampling.noise == "white":
+    if (kind or config.sampling.noise) == "white":
         return solvers.white
     own = jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys)
     return solvers.brownian(own, build.process(config), t_min=config.sampling.t_min or None)

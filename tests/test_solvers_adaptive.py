@@ -63,7 +63,8 @@ def test_against_scipy(tableau, ends, x64):
         errors.append(np.max(np.abs(np.asarray(got.x) - want), axis=1))
         evaluations.append(np.asarray(got.evaluations))
         assert np.max(errors[-1]) < 300 * tol
-    assert np.all(errors[2] < errors[0] / 500)
+    # Of order 8 the loosest is good to 1e-8 already, and the tightest near the digits of the reference.
+    assert np.all(errors[2] < errors[0] / (500 if tableau.order < 8 else 100))
     # Order p needs 10^(2/p) times more steps for two more digits, or so.
     growth = np.log10(evaluations[2] / evaluations[1]) * tableau.order / 2
     assert np.all((growth > 0.5) & (growth < 1.5)), growth

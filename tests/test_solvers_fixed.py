@@ -925,7 +925,7 @@ def test_bad_input_to_factories():
             solvers.edm(process, denoise, **wrong)
     with pytest.raises(ValueError, match="needs a key"):
         one_step(solvers.dpmpp_2m(process, denoise, 1.0), state(), 0.5, 0.4)
-    with pytest.raises(ValueError, match="'small' or 'large'"):
+    with pytest.raises(ValueError, match="'small', 'large' or 'learned'"):
         solvers.ancestral(process, denoise, variance="medium")
     for wrong in (dict(snr=0.0), dict(snr=-1.0), dict(steps=0)):
         with pytest.raises(ValueError, match="snr > 0 and steps >= 1"):
