@@ -31,7 +31,7 @@ def best_grid(process: Process, denoise: Field, path: Array, ts: Array, n: int, 
       ts: candidates, decreasing; `times.uniform_log_snr(process, 128)` is a good set.
       n: number of steps, at most len(ts) - 1.
       power: of the signal-to-noise ratio in the cost. 1 is the KL divergence, whose best grids spend most steps near
-        the data; samples of the measured targets were better with the default (docs/solvers.md).
+        the data; on the two targets tried samples were better with the default (docs/solvers.md).
 
     Raises:
       ValueError: n out of range, a grid that does not decrease or ends where sigma = 0, shapes that do not fit, power

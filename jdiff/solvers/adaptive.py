@@ -150,10 +150,6 @@ def integrate_adaptive(
     measured = jnp.asarray(measured, t0.dtype)
     size = error_norm(x, x, x)
 
-    def any_active(carry):
-        anyone = jnp.any(carry.active)
-        return anyone if axis_name is None else jax.lax.pmax(anyone.astype(jnp.int32), axis_name) > 0
-
     def turn(carry):
         """Evaluate the stages of one step and decide about it.
 
@@ -237,8 +233,14 @@ def integrate_adaptive(
         failed=counter != 0,
         turns=jnp.zeros((), jnp.int32),
     )
-    end = jax.lax.while_loop(any_active, turn, start)
+    end = jax.lax.while_loop(lambda carry: anyone(carry.active, axis_name), turn, start)
     return Solution(end.x, end.evaluations, end.accepted, end.failed)
+
+
+def anyone(active: Array, axis_name: str | None) -> Array:
+    """Tell whether an example is active, on any of the devices of an axis where one is named."""
+    here = jnp.any(active)
+    return here if axis_name is None else jax.lax.pmax(here.astype(jnp.int32), axis_name) > 0
 
 
 def check_tolerances(rtol: float, atol: float) -> None:
