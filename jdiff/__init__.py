@@ -22,6 +22,7 @@ from jdiff import (
     times,
     transforms,
 )
+from jdiff._pytree import register_dataclass
 from jdiff._typing import Field, Kind, Process
 from jdiff.likelihood import LogLikelihood, log_likelihood
 from jdiff.predictions import convert, precondition, reparameterise
@@ -59,6 +60,7 @@ __all__ = [
     "predictions",
     "probability_flow",
     "processes",
+    "register_dataclass",
     "reparameterise",
     "reverse",
     "reverse_sde",

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jdiff._array import batch_time, check_array, example_keys, expand, normal_like, sum_event
+from jdiff._pytree import register_dataclass
 from jdiff._typing import Array, Key, Process
 
 __all__ = [
@@ -40,7 +41,7 @@ def _static(default: float):
 
 
 def _process(cls):
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+    return register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
 def _integrated_beta(process, t):

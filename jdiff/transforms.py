@@ -9,7 +9,6 @@ there is no constant to remember (the often quoted offsets 7 and 8 are log2(256/
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 
@@ -17,12 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from jdiff._array import example_keys
+from jdiff._pytree import register_dataclass
 from jdiff._typing import Array, Key
 
 __all__ = ["DataTransform", "bits_per_dim", "random_flip"]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("levels", "centered"))
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DataTransform:
     """How integer images map to the space of the model. Static: both fields are known when a function is traced.
@@ -35,8 +35,8 @@ class DataTransform:
       centered: True maps the unit interval to [-1, 1], False leaves it.
     """
 
-    levels: int = 256
-    centered: bool = True
+    levels: int = dataclasses.field(default=256, metadata={"static": True})
+    centered: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def dequantise(self, key: Key, x: Array, *, dtype=jnp.float32) -> Array:
         """Uniform dequantisation (x + u) / L, u ~ U(0, 1) per entry (Theis et al. 2016, arXiv 1511.01844, section 3.1).

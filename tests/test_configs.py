@@ -28,7 +28,7 @@ DATA = {
     ("LSUN", "church_outdoor"): "church_256",
 }
 # End to end in the fast set: one row for each objective, between them all ways to build a network but DDPM++'s.
-FAMILIES = ["ve/church_ncsnpp_continuous", "vp/ddpm/cifar10", "ve/ncsnv2/cifar10"]
+FAMILIES = ["vp/ddpm/cifar10"]
 # Parameters of the reference's networks, counted there.
 COUNTS = {
     "vp/cifar10_ddpmpp_continuous": 61_804_419,

@@ -9,8 +9,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 # Room -> rooms of jdiff it may import. A room may always import itself.
-FLOOR = {"_typing": set(), "_array": {"_typing"}}
-BELOW = {"_typing", "_array"}
+FLOOR = {"_pytree": set(), "_typing": set(), "_array": {"_typing"}}
+BELOW = {"_pytree", "_typing", "_array"}
 ROOMS = {
     **FLOOR,
     "processes": BELOW,

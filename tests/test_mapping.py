@@ -95,7 +95,7 @@ def test_samples_differ():
 
 
 def test_alone():
-    alone = jax.jit(draw)
+    alone = jax.jit(functools.partial(draw, names=SOME))
     for i in (0, 17, BATCH - 1):
         agree(alone(KEYS[i : i + 1]), rows(reference(), slice(i, i + 1)))
 
@@ -108,7 +108,7 @@ def test_in_another_order():
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 @pytest.mark.parametrize("how", ["jit", "shard_map", "pmap"])
 def test_mappings(how, devices):
-    run = draw if devices == 8 else functools.partial(draw, names=SOME)
+    run = draw if (how, devices) == ("shard_map", 8) else functools.partial(draw, names=SOME)
     agree(mapped(run, how, devices)(KEYS), reference())
 
 

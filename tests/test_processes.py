@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import pathlib
 
 import jax
@@ -64,7 +65,7 @@ class Plain:
         return jnp.exp(-(t**2)), t + 0.5 * t**3
 
 
-@jax.tree_util.register_dataclass
+@jdiff.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Bent:
     """A stranger's process with a parameter, in closed form nowhere."""
@@ -249,6 +250,29 @@ def test_processes_are_pytrees():
     stack = jdiff.VE(jnp.array([0.01, 0.1]), jnp.array([50.0, 5.0]))
     mapped = jax.vmap(lambda process: process.marginal(t)[1])(stack)
     np.testing.assert_allclose(mapped[1], published_ve(np.array([0.1, 0.5]), 0.1, 5.0)[1], rtol=3e-6)
+
+
+def test_structures_tell_classes_apart():
+    """Where structures are equal, one jitted function may run for one class what it compiled for the other.
+
+    Two classes with as many fields: `jax.tree_util.register_dataclass` of JAX 0.10.2 gives both one structure.
+    """
+    for one, other in itertools.combinations([jdiff.VP(), jdiff.SubVP(), jdiff.VE(), jdiff.Cosine(), Bent(1.0)], 2):
+        assert jax.tree.structure(one) != jax.tree.structure(other)
+    assert jax.tree.structure(jdiff.VP(0.2, 10.0)) == jax.tree.structure(jdiff.VP())
+    assert jax.tree.structure(jdiff.VP(t_min=1e-3)) != jax.tree.structure(jdiff.VP())
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(jdiff.VE())]
+    assert paths == [".sigma_min", ".sigma_max"]
+
+
+def test_only_dataclasses_whose_constructor_takes_all_are_registered():
+    with pytest.raises(TypeError, match="Plain must be a dataclass"):
+        jdiff.register_dataclass(Plain)
+    extra = dataclasses.make_dataclass(
+        "Extra", [("a", float), ("b", float, dataclasses.field(init=False, default=0.0))]
+    )
+    with pytest.raises(TypeError, match="Extra has fields that its constructor does not take: b"):
+        jdiff.register_dataclass(extra)
 
 
 def test_gradient_with_respect_to_beta_max(x64):

@@ -25,8 +25,8 @@ def start(process, batch):
 
 def literal(keys, equation, x, t, end, rtol, atol, h):
     """Algorithm 1 of Jolicoeur-Martineau et al. 2021 (arXiv 2105.14080) for one example, in a Python loop."""
-    drift = lambda x, t: np.asarray(equation.drift(jnp.asarray(x)[None], jnp.asarray([t])))[0]
-    diffusion = lambda x, t: np.asarray(equation.diffusion(jnp.asarray(x)[None], jnp.asarray([t])))[0]
+    compiled = [jax.jit(function) for function in (equation.drift, equation.diffusion)]
+    drift, diffusion = (lambda x, t, f=f: np.asarray(f(jnp.asarray(x)[None], jnp.asarray([t])))[0] for f in compiled)
     previous, tries = x, 0
     while t > end:
         h = min(h, t - end)
