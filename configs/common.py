@@ -50,6 +50,12 @@ def defaults() -> ConfigDict:
     c.training.ema_decay = 0.999
     c.training.ema_warmup = True
     c.training.mapping = "jit"  # jit, shard_map or pmap
+    # Devices that share one copy of the state, each holding a part of every array of at least min_size elements.
+    # options: {"regular expression of a path": axis to split along, or null for none}
+    c.training.sharding = ConfigDict({"fsdp": 1, "min_size": 2**14, "options": ConfigDict()})
+    c.training.accumulate = 1  # parts in which a batch is taken one after the other
+    c.training.remat = "none"  # dots: only products and convolutions are kept for the backward pass
+    c.training.steps_per_call = 1  # on accelerators: spares the host's work between short steps
     c.training.log_every = 50
     c.training.validate_every = 500
     c.training.checkpoint_every = 1000

@@ -6,12 +6,13 @@ import datetime
 import importlib.metadata
 import json
 import os
-import pathlib
 import platform
-import tempfile
+import sys
+import uuid
 from typing import Any
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 import jdiff
@@ -19,20 +20,22 @@ from configs.common import defaults
 
 # What may change between the runs of one folder: they say how to look at a model, not which model it is.
 _EVALUATION = ("likelihood", "sampling", "protocol")
-_SCHEDULE = ("log_every", "validate_every", "checkpoint_every", "keep", "mapping")
+_SCHEDULE = ("log_every", "validate_every", "checkpoint_every", "keep")
+# And these, how the work is spread: they change nothing but the order of sums.
+_SPREAD = ("mapping", "sharding", "accumulate", "steps_per_call", "remat")
 
 
 class Run:
-    """A run folder.
+    """A run folder, on a local disk or wherever `etils.epath` reaches (gs://, s3://).
 
     config.json, versions.json: what was run, with what. checkpoints/: Orbax. metrics.jsonl, tensorboard/: training.
     likelihood_*.json(l): bits/dim and per-image records. samples_*, trajectory_*, loss.png, report.html: to look at.
     """
 
     def __init__(self, directory: str):
-        self.path = pathlib.Path(directory).expanduser()
+        self.path = epath.Path(directory).expanduser()
 
-    def __truediv__(self, name: str) -> pathlib.Path:
+    def __truediv__(self, name: str) -> epath.Path:
         """Return the path of a file in the folder."""
         return self.path / name
 
@@ -45,8 +48,9 @@ class Run:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
+            probe = self / f".probe.{uuid.uuid4().hex}"
+            probe.write_bytes(b"")
+            probe.unlink()
         except OSError as error:
             raise OSError(f"the run folder {self.path} cannot be written: {error}") from error
         if (self / "config.json").exists():
@@ -88,35 +92,73 @@ class Run:
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file, whole or not at all."""
         content = content.encode() if isinstance(content, str) else content
+        if self.remote:  # objects appear whole
+            (self / name).write_bytes(content)
+            return
         temporary = self / f".{name}.{os.getpid()}"
-        temporary.write_bytes(content)
-        temporary.replace(self / name)
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(self / name)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def append(self, name: str, text: str) -> None:
+        """Add text to the end of a file; where objects cannot grow, the file is written anew."""
+        file = self / name
+        if self.remote:
+            file.write_text((file.read_text() if file.exists() else "") + text)
+            return
+        size = os.path.getsize(file) if file.exists() else 0
+        try:
+            with file.open("a") as stream:
+                stream.write(text)
+        except OSError:
+            if file.exists():
+                os.truncate(file, size)  # the part that fitted on a full disk would spoil the next line
+            raise
+
+    @property
+    def remote(self) -> bool:
+        """Whether the folder is not on a file system of this machine."""
+        return "://" in str(self.path)
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard event files; lines after the step that training resumes from are dropped."""
+    """metrics.jsonl and, on a local disk, TensorBoard event files; lines after the step resumed from are dropped.
+
+    What cannot be written (a full disk) is reported, kept, and written with the next line that can be.
+    """
 
     def __init__(self, run: Run, step: int):
         from tensorboardX import SummaryWriter
 
+        self._run, self._waiting = run, []
         kept = [line for line in read_jsonl(run / "metrics.jsonl") if line["step"] <= step]
         run.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(run / "metrics.jsonl", "a", buffering=1)
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        folder = None if run.remote else str(run / "tensorboard")
+        self._board = SummaryWriter(folder, purge_step=step + 1 if step else None, write_to_disk=folder is not None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append the values of one step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._waiting.append(json.dumps({"step": step, **values}) + "\n")
+        try:
+            self._run.append("metrics.jsonl", "".join(self._waiting))
+            self._waiting = []
+        except OSError as error:
+            print(f"metrics.jsonl: step {step} could not be written and waits: {error}", file=sys.stderr)
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush and close the files."""
-        self._file.close()
-        self._board.close()
+        try:
+            self._board.close()
+        except OSError as error:
+            print(f"tensorboard/: {error}", file=sys.stderr)
 
 
-def read_json(file: pathlib.Path) -> Any:
+def read_json(file: epath.Path) -> Any:
     """Return a JSON file's content.
 
     Raises:
@@ -128,7 +170,7 @@ def read_json(file: pathlib.Path) -> Any:
         raise ValueError(f"{file} is not JSON: {error}") from error
 
 
-def read_jsonl(file: pathlib.Path) -> list[dict]:
+def read_jsonl(file: epath.Path) -> list[dict]:
     """Return the lines of a JSON-lines file; a last line cut short by a kill is left out, no file is no lines."""
     if not file.exists():
         return []
@@ -169,7 +211,7 @@ def _identity(values: dict, prefix: str = "") -> dict:
     for name, value in values.items():
         if not prefix and name in _EVALUATION:
             continue
-        if prefix == "training." and name in _SCHEDULE:
+        if prefix == "training." and name in (*_SCHEDULE, *_SPREAD):
             continue
         if isinstance(value, dict):
             flat |= _identity(value, f"{prefix}{name}.")

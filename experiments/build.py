@@ -64,6 +64,8 @@ GRIDS = {
 # At discrete times, of a process and a kind of field each.
 OBJECTIVES = {"ddpm": song2021.ddpm_loss, "smld": song2021.smld_loss}
 _DISCRETE = {"ddpm": ("VP", "eps"), "smld": ("VE", "score")}
+# What the backward pass finds stored; the rest it computes again.
+REMAT = {"none": None, "dots": jax.checkpoint_policies.dots_saveable}
 PRECONDITIONS = ("none", "scalar", "pixel", "levels")
 
 
@@ -334,6 +336,8 @@ def loss(config: ConfigDict, module, statistics: dict, data_transform: DataTrans
             cond = jnp.where(dropped & train, module.num_classes, batch["label"])
         rngs = {"dropout": _fold(keys, 4)} if train and getattr(module, "dropout", 0) else None
         trained = field(config, module, params, statistics, cond=cond, train=train, rngs=rngs)
+        if (policy := REMAT[config.training.remat]) is not None:
+            trained = jax.checkpoint(trained, policy=policy)
         if config.loss.name in OBJECTIVES:
             labels = jax.vmap(lambda k: jax.random.randint(k, (), 0, scales))(_fold(keys, 5))
             eps = jax.vmap(lambda k: jax.random.normal(k, x0.shape[1:], x0.dtype))(_fold(keys, 2))
@@ -401,7 +405,8 @@ def check(config: ConfigDict) -> None:
     """Raise ValueError for what could not be built, before data are read or code is compiled."""
     for path in (
         "training.steps", "training.batch_size", "training.log_every", "training.validate_every",
-        "training.checkpoint_every", "training.keep", "likelihood.batch_size", "likelihood.probes",
+        "training.checkpoint_every", "training.keep", "training.accumulate", "training.steps_per_call",
+        "likelihood.batch_size", "likelihood.probes",
         "likelihood.draws", "likelihood.importance_samples", "likelihood.bound_draws",
         "sampling.number", "sampling.batch_size", "sampling.steps",
         "likelihood.rtol", "likelihood.atol", "optimiser.learning_rate",
@@ -409,6 +414,8 @@ def check(config: ConfigDict) -> None:
         group, name = path.split(".")
         if not 0 < config[group][name] < math.inf:
             raise ValueError(f"{path} must be positive and finite, got {config[group][name]}")
+    if config.training.sharding.fsdp < 1:
+        raise ValueError(f"training.sharding.fsdp must be at least 1, got {config.training.sharding.fsdp}")
     for path in (
         "likelihood.t_min",
         "likelihood.images",
@@ -434,6 +441,7 @@ def check(config: ConfigDict) -> None:
     _check_objective(config)
     _check_protocol(config)
     pick(("jit", "shard_map", "pmap"), config.training.mapping, "training.mapping")
+    pick(REMAT, config.training.remat, "training.remat")
     pick(("rademacher", "gaussian", "exact"), config.likelihood.divergence, "likelihood.divergence")
     pick(("t", *get_args(sde.NoiseTime)), config.likelihood.variable, "likelihood.variable")
     if (variable := config.likelihood.variable) != "t":

@@ -5,16 +5,19 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Callable
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from configs.common import defaults
 from experiments import build
 from experiments.artefacts import Run
+from jdiff import parallel
 
 FREE = "options"
 
@@ -31,6 +34,13 @@ def main(run: Callable[[ConfigDict, Run], int | None], *, evaluation: bool = Fal
     flags.DEFINE_enum("mode", "full", ["full", "smoke"], "the real thing, or the same in seconds")
     flags.DEFINE_enum("protocol", None, ["jdiff", "song2021"], "how to sample and evaluate: --set protocol=...")
     flags.DEFINE_multi_string("set", [], "override a field: --set training.steps=100 (repeatable)")
+    flags.DEFINE_string("coordinator", None, "host:port of process 0, of several processes that are started by hand")
+    flags.DEFINE_integer("processes", None, "how many there are")
+    flags.DEFINE_integer("process", None, "which of them this is")
+    flags.DEFINE_bool("detect", False, "ask JAX which cluster this is: on Cloud TPU VMs")
+    flags.DEFINE_integer(
+        "heartbeat", 100, "seconds of silence after which a process counts as dead and the others stop"
+    )
 
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS tell much that is of no concern here
 
@@ -39,6 +49,10 @@ def main(run: Callable[[ConfigDict, Run], int | None], *, evaluation: bool = Fal
             if len(argv) > 1:
                 raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
             values = flags.FLAGS
+            keep_compiled_programs()
+            parallel.start_processes(
+                values.coordinator, values.processes, values.process, detect=values.detect, heartbeat=values.heartbeat
+            )
             folder = Run(values.workdir)
             if values.config is not None:
                 config = load(values.config, values.mode)
@@ -57,6 +71,12 @@ def main(run: Callable[[ConfigDict, Run], int | None], *, evaluation: bool = Fal
 
     # `--dry-run` reads better than `--dry_run`; absl knows names with underscores only.
     app.run(start, argv=["--dry_run" if a == "--dry-run" else a for a in sys.argv])
+
+
+def keep_compiled_programs() -> None:
+    """Let JAX keep compiled programs between runs: in ~/.cache/jdiff, or where JAX_COMPILATION_CACHE_DIR says."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "jdiff" / "compiled"))
 
 
 def load(path: str, mode: str = "full") -> ConfigDict:

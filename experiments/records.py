@@ -55,8 +55,7 @@ class Records:
         self._run.write(name, _lines(lines or [{"settings": self.settings}]))
 
         def write(records: list[dict]) -> None:
-            with open(self._run / name, "a") as file:
-                file.write(_lines(records))
+            self._run.append(name, _lines(records))
 
         return write
 

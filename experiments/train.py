@@ -2,7 +2,8 @@
 
     python -m experiments.train --config configs/digits.py --workdir runs/digits [--set a.b=c] [--dry-run]
 
-Run again to resume, or to hear that it is complete. Ctrl-C finishes the step, writes a checkpoint and stops.
+Run again to resume, or to hear that it is complete. Ctrl-C or SIGTERM finishes the step, writes a checkpoint and stops;
+docs/reliability.md says what survives what. With several processes (docs/pods.md) each runs this same command.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import signal
 import sys
 import time
 
@@ -18,41 +18,65 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import build, cli, model, pictures
+from experiments import build, cli, model, pictures, plan
 from experiments.artefacts import Metrics, Run, read_jsonl
 from experiments.compilation import compiler_options
+from experiments.lock import Lock
+from experiments.stopping import Stop
 from jdiff import checkpoint, data, parallel, training
 
-INTERRUPTED = 130
 _IN_MEMORY_BYTES = 2**28
 
 
-def train(config: ConfigDict, run: Run) -> int:
-    """Train until config.training.steps, from the newest checkpoint of the run folder.
+def train(config: ConfigDict, run: Run, *, strict: bool = False) -> int:
+    """Train until config.training.steps, from the newest good checkpoint of the run folder.
+
+    Args:
+      config: the configuration.
+      run: the run folder; with several processes one that all of them see.
+      strict: refuse a damaged newest checkpoint, where otherwise the one before it is taken.
 
     Returns:
-      0 when complete, 130 when interrupted.
+      0 when complete, 130 when interrupted by Ctrl-C, 143 by SIGTERM.
 
     Raises:
       FloatingPointError: the loss or its gradient is not finite; the step is named, the last good checkpoint is kept.
-      ValueError, OSError: a folder of another configuration, data that are not there.
+      checkpoint.DamagedCheckpointError: strict, and the newest checkpoint is damaged; or all are.
+      RuntimeError: another process is training in this folder.
+      ValueError, OSError: a folder of another configuration, data that are not there, a last checkpoint that could not
+        be written.
     """
     c = config.training
     source = data.load(config.data.name, config.data.train)
     validation = data.load(config.data.name, config.data.validation) if config.data.validation else None
     described = model.describe(config, source)
-    mesh = parallel.data_mesh()
+    mesh = parallel.data_mesh(fsdp=c.sharding.fsdp)
     _check_batch(config, mesh, source)
-    run.open(config)
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            run.open(config)
+            lock = stack.enter_context(Lock(run))
+        else:
+            lock = None
+        _wait_for_all("the run folder")
+        manager = stack.enter_context(
+            checkpoint.open_manager(str(run / "checkpoints"), keep=c.keep, every=c.checkpoint_every)
+        )
+        return _train(config, run, manager, lock, mesh, described, source, validation, strict)
 
+
+def _train(config, run, manager, lock, mesh, described, source, validation, strict):
+    c = config.training
     if len(source) * math.prod(source.shape) < _IN_MEMORY_BYTES:
         source = source.in_memory()
-    # Shapes first, a checkpoint where there is one, arrays last.
+    # Shapes first, a checkpoint where there is one, arrays last and where they stay.
     tx = build.optimiser(config)
     like = _state_shapes(config, described, tx)
+    places = _places(config, like, mesh)
     key = jax.random.key(config.seed)
     init_key, train_key, validation_key = (jax.random.fold_in(key, n) for n in range(3))
     batches = data.batches(
@@ -63,95 +87,154 @@ def train(config: ConfigDict, run: Run) -> int:
         process_count=jax.process_count(),
     )
     identity = {"data": config.data.name, "network": config.network.name}
-    with checkpoint.open_manager(str(run / "checkpoints"), keep=c.keep, every=c.checkpoint_every) as manager:
-        if manager.latest_step() is None:
-            statistics = model.statistics(config, source, described.transform)
-            state = training.init_state(model.initialise(config, described, init_key), tx)
-        else:
-            statistics = model.statistics_shapes(config, described)
-            wanted = {**like._asdict(), "statistics": statistics, "data": None, "meta": identity}
-            del wanted["step"]
-            items = checkpoint.restore(manager, wanted)
-            statistics = items["statistics"]
-            state = training.TrainState(items["step"], items["params"], items["ema"], items["opt_state"])
-            batches.set_state(items["data"])
-        start = int(state.step)
-        if start >= c.steps:
-            print(f"{run.path}: complete, {start} steps of {c.steps} are done")
-            return 0
-        statistics = jax.tree.map(np.asarray, statistics)
-        state = parallel.replicate(state, mesh)
+    if manager.latest_step() is None:
+        statistics = model.statistics(config, source, described.transform)
+        initialise = lambda key: training.init_state(model.initialise(config, described, key), tx)
+        state = jax.jit(initialise, out_shardings=places)(init_key)
+    else:
+        statistics = model.statistics_shapes(config, described)
+        wanted = {**like._asdict(), "statistics": statistics, "data": None, "meta": identity}
+        del wanted["step"]
+        step = manager.latest_step() if strict else None
+        items = checkpoint.restore(manager, wanted, places._asdict(), step)
+        statistics = items["statistics"]
+        state = training.TrainState(**{name: items[name] for name in like._fields})
+        batches.set_state(items["data"])
+    start = int(state.step)
+    if start >= c.steps:
+        print(f"{run.path}: complete, {start} steps of {c.steps} are done")
+        return 0
+    statistics = jax.tree.map(np.asarray, statistics)
 
-        step_fn = parallel.data_parallel(
-            build.loss(config, described.module, statistics, described.transform),
-            tx,
-            mesh,
-            c.mapping,
-            ema_decay=c.ema_decay,
-            ema_warmup=c.ema_warmup,
-            compiler_options=compiler_options(),
-        )
-        validate = _validation(config, described, statistics, validation, validation_key)
+    loss = build.loss(config, described.module, statistics, described.transform)
+    step_fn = _step_fn(config, loss, tx, mesh, places, steps=c.steps_per_call > 1)
+    validate = _validation(config, described, statistics, validation, validation_key, mesh)
+    primary = jax.process_index() == 0
+    metrics = Metrics(run, start) if primary else None
 
-        def save(step, state, *, force=False):
-            items = {**state._asdict(), "statistics": statistics, "data": batches.get_state(), "meta": identity}
+    def save(step, state, *, force=False):
+        if lock is not None:
+            lock.check()
+        items = {**state._asdict(), "statistics": statistics, "data": batches.get_state(), "meta": identity}
+        try:
             checkpoint.save(manager, step, items, force=force)
+        except OSError as error:
+            if jax.process_count() > 1:
+                raise
+            print(f"step {step} could not be saved, tried again at the next: {error}", file=sys.stderr)
 
-        metrics = Metrics(run, start)
-        pending: list[tuple[int, dict]] = []
-        clock, seen = time.perf_counter(), start
-        with _stop_signal() as stop, contextlib.closing(metrics), _progress(start, c.steps) as bar:
-            for step in range(start + 1, c.steps + 1):
-                batch = parallel.shard_batch(next(batches), mesh)
-                state, values = step_fn(state, train_key, batch)
-                pending.append((step, values))
-                done = step == c.steps or stop.is_set
-                saving = step % c.checkpoint_every == 0 or done
-                validating = validate is not None and (step % c.validate_every == 0 or step == c.steps)
-                if step % c.log_every == 0 or saving or validating:
-                    # One host sync for all steps since the last: the device never waits for the host in between.
-                    losses = _finite(pending, run)
-                    now = time.perf_counter()
-                    line = {
-                        "loss": float(np.mean(losses)),
-                        "grad_norm": float(pending[-1][1]["grad_norm"]),
-                        "images_per_second": (step - seen) * c.batch_size / (now - clock),
-                    }
-                    clock, seen, pending = now, step, []
-                    if validating:
-                        line["validation_loss"] = validate(state.ema)
-                        clock = time.perf_counter()
+    pending: list[tuple[int, dict]] = []
+    clock, seen, step = time.perf_counter(), start, start
+    closing = contextlib.closing(metrics) if primary else contextlib.nullcontext()
+    with Stop() as stop, closing, _progress(start, c.steps) as bar:
+        while step < c.steps:
+            first, step = step, min(step + c.steps_per_call, _next_pause(config, step))
+            if c.steps_per_call > 1:
+                stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *itertools.islice(batches, step - first))
+                state, values = step_fn(state, train_key, parallel.shard_batch(stacked, mesh, axis=1))
+            else:
+                state, values = step_fn(state, train_key, parallel.shard_batch(next(batches), mesh))
+            if jax.process_count() > 1 and jax.default_backend() == "cpu":
+                jax.block_until_ready(state)  # hundreds of queued steps were seen to hang in CPU collectives
+            pending.append((first + 1, values))
+            stopping = stop.at(step)
+            done = step == c.steps or stopping
+            saving = step % c.checkpoint_every == 0 or done
+            validating = validate is not None and (step % c.validate_every == 0 or step == c.steps)
+            if step % c.log_every == 0 or saving or validating:
+                # One host sync for all steps since the last: the device never waits for the host in between.
+                losses, norms = _finite(pending, run)
+                now = time.perf_counter()
+                line = {
+                    "loss": float(np.mean(losses)),
+                    "grad_norm": float(norms[-1]),
+                    "images_per_second": (step - seen) * c.batch_size / (now - clock),
+                }
+                clock, seen, pending = now, step, []
+                if validating:
+                    line["validation_loss"] = validate(state.ema)
+                    clock = time.perf_counter()
+                if primary:
                     metrics.write(step, line)
-                    bar.update(step - bar.n)
-                    bar.set_postfix_str(f"loss {line['loss']:.4g}, {line['images_per_second']:.0f} images/s")
-                if saving:
-                    save(step, state, force=done)
-                if stop.is_set:
-                    manager.wait_until_finished()
-                    bar.write(f"interrupted: step {step} is saved in {run.path}; the same command resumes")
-                    return INTERRUPTED
-    pictures.loss_curve(run / "loss.png", read_jsonl(run / "metrics.jsonl"))
+                bar.update(step - bar.n)
+                bar.set_postfix_str(f"loss {line['loss']:.4g}, {line['images_per_second']:.0f} images/s")
+            if saving:
+                save(step, state, force=done)
+            if stopping and step < c.steps:
+                manager.wait_until_finished()
+                bar.write(f"interrupted: step {step} is saved in {run.path}; the same command resumes")
+                return stop.exit_code
+    manager.wait_until_finished()
+    if primary:
+        pictures.loss_curve(run / "loss.png", read_jsonl(run / "metrics.jsonl"))
     return 0
 
 
-def dry_run(config: ConfigDict) -> int:
-    """Print what would be trained, with nothing compiled or written."""
+def dry_run(config: ConfigDict, memory: float | None = None) -> int:
+    """Print what would be trained and what it needs; the step is compiled, nothing is allocated or written.
+
+    Args:
+      config: the configuration.
+      memory: GiB of one device (default: what it has).
+
+    Raises:
+      ValueError: it does not fit; the largest terms are named.
+    """
     source = data.load(config.data.name, config.data.train)
     described = model.describe(config, source)
-    _check_batch(config, parallel.data_mesh(), source)
-    params = model.shapes(config, described)
-    like = _state_shapes(config, described, build.optimiser(config))
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
-    steps, batch = config.training.steps, config.training.batch_size
+    c = config.training
+    mesh = parallel.data_mesh(fsdp=c.sharding.fsdp)
+    _check_batch(config, mesh, source)
+    tx = build.optimiser(config)
+    like = _state_shapes(config, described, tx)
+    places = _places(config, like, mesh)
+    statistics = {name: np.zeros(s.shape, s.dtype) for name, s in model.statistics_shapes(config, described).items()}
+    loss = build.loss(config, described.module, statistics, described.transform)
+    plain = training.make_train_step(loss, tx, ema_decay=c.ema_decay, ema_warmup=c.ema_warmup)
+    batch = plan.batch_shapes(source.shape, c.batch_size, labels=source.classes is not None)
+    found = plan.plan(_step_fn(config, loss, tx, mesh, places, steps=False), plain, like, batch, mesh, places)
     print(f"data       {source.name}/{source.split}: {len(source):,} images {source.shape}, {source.levels} levels")
     print(f"process    {build.process(config)}")
-    print(f"network    {config.network.name}: {count:,} parameters, predicts {config.network.predict}")
-    print(f"state      {size / 2**20:,.1f} MiB (parameters, average, optimiser)")
-    print(f"training   {steps:,} steps of {batch} = {steps * batch / len(source):,.1f} epochs")
-    print(f"devices    {jax.device_count()} {jax.devices()[0].platform}, mapping {config.training.mapping}")
-    print("dry run: nothing was compiled or written")
+    print(f"network    {config.network.name}: {found['parameters']:,} parameters, predicts {config.network.predict}")
+    print(f"training   {c.steps:,} steps of {c.batch_size} = {c.steps * c.batch_size / len(source):,.1f} epochs")
+    shape = " x ".join(f"{size} {name}" for name, size in mesh.shape.items())
+    print(f"devices    {mesh.size} {jax.devices()[0].platform} ({shape}), mapping {c.mapping}")
+    print(plan.report(found, c.batch_size))
+    plan.check_fits(found, plan.available_bytes() if memory is None else int(memory * 2**30))
+    print("dry run: nothing was allocated or written")
     return 0
+
+
+def _step_fn(config, loss, tx, mesh, places, *, steps):
+    c = config.training
+    return parallel.data_parallel(
+        loss,
+        tx,
+        mesh,
+        c.mapping,
+        ema_decay=c.ema_decay,
+        ema_warmup=c.ema_warmup,
+        accumulate=c.accumulate,
+        steps=steps,
+        sharding=places if "fsdp" in mesh.axis_names else None,
+        compiler_options=compiler_options(),
+    )
+
+
+def _places(config, like, mesh):
+    c = config.training.sharding
+    return parallel.state_sharding(like, mesh, min_size=c.min_size, overrides=c.options.to_dict())
+
+
+def _next_pause(config, step):
+    """Return the next step at which the host has something to do."""
+    c = config.training
+    return min(c.steps, *((step // n + 1) * n for n in (c.log_every, c.checkpoint_every, c.validate_every)))
+
+
+def _wait_for_all(what):
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def _state_shapes(config, described, tx):
@@ -167,24 +250,27 @@ def _check_batch(config, mesh, source):
 
 
 def _finite(pending, run):
-    """Return the losses of the steps since the last look; the first that is not finite stops training."""
-    fetched = jax.device_get([(values["loss"], values["finite"]) for _, values in pending])
-    for (step, _), (loss, finite) in zip(pending, fetched):
-        if not finite:
-            raise FloatingPointError(
-                f"loss or gradient is not finite at step {step} (loss {loss}): stopped; the last good checkpoint "
-                f"in {run / 'checkpoints'} is kept. Try a lower optimiser.learning_rate or optimiser.clip"
-            )
-    return [loss for loss, _ in fetched]
+    """Return losses and gradient norms since the last look; the first that is not finite stops training."""
+    fetched = jax.device_get([(v["loss"], v["grad_norm"], v["finite"]) for _, v in pending])
+    losses, norms, finite = (np.concatenate([np.atleast_1d(part) for part in parts]) for parts in zip(*fetched))
+    if not finite.all():
+        first = int(np.argmin(finite))
+        raise FloatingPointError(
+            f"loss or gradient is not finite at step {pending[0][0] + first} (loss {losses[first]}): stopped; the last "
+            f"good checkpoint in {run / 'checkpoints'} is kept. Try a lower optimiser.learning_rate or optimiser.clip"
+        )
+    return losses, norms
 
 
-def _validation(config, described, statistics, source, key):
+def _validation(config, described, statistics, source, key, mesh):
     """Return ema -> mean denoising loss over the validation split with the same noise and times each time."""
     if source is None:
         return None
     size = min(config.training.batch_size, len(source))
+    size = -(-size // mesh.size) * mesh.size
     loss_fn = build.loss(config, described.module, statistics, described.transform, train=False)
-    batches = list(itertools.islice(data.evaluation_batches(source, size), 8))
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = list(itertools.islice(data.evaluation_batches(source, size, **share), 8))
 
     @jax.jit
     def mean_loss(params, batch):
@@ -194,37 +280,10 @@ def _validation(config, described, statistics, source, key):
         return jnp.where(batch["mask"], loss, 0).sum(), batch["mask"].sum()
 
     def validate(params):
-        sums = jax.device_get([mean_loss(params, batch) for batch in batches])
+        sums = jax.device_get([mean_loss(params, parallel.shard_batch(batch, mesh)) for batch in batches])
         return float(sum(s for s, _ in sums) / sum(n for _, n in sums))
 
     return validate
-
-
-class _Stop:
-    is_set = False
-
-
-@contextlib.contextmanager
-def _stop_signal():
-    """Turn the first Ctrl-C or SIGTERM into a flag; the second one interrupts as usual."""
-    stop = _Stop()
-
-    def handle(number, frame):
-        stop.is_set = True
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-    numbers = (signal.SIGINT,) if jax.distributed.is_initialized() else (signal.SIGINT, signal.SIGTERM)
-    before = {}
-    try:
-        for number in numbers:
-            before[number] = signal.signal(number, handle)
-    except ValueError:
-        pass  # not the main thread: whoever runs us there keeps the signals
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _progress(start, steps):
@@ -236,13 +295,18 @@ def _progress(start, steps):
 
 def main() -> None:
     """Run from the command line."""
-    flags.DEFINE_bool("dry_run", False, "print what would be trained, and stop")
+    flags.DEFINE_bool("dry_run", False, "print what would be trained and what it needs, and stop")
+    flags.DEFINE_float("memory_gib", None, "of --dry-run: memory of one device (default: what it has)")
+    flags.DEFINE_enum("resume", "newest", ["newest", "strict"], "strict: refuse a damaged newest checkpoint")
 
     def run(config, folder):
+        values = flags.FLAGS
         try:
-            return dry_run(config) if flags.FLAGS.dry_run else train(config, folder)
-        except FloatingPointError as error:
-            print(f"FloatingPointError: {error}", file=sys.stderr)
+            if values.dry_run:
+                return dry_run(config, values.memory_gib)
+            return train(config, folder, strict=values.resume == "strict")
+        except (FloatingPointError, checkpoint.DamagedCheckpointError, RuntimeError) as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
             return 3
 
     cli.main(run)

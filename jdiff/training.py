@@ -86,29 +86,25 @@ def make_train_step(
     ema_decay: float,
     ema_warmup: bool = True,
     axis_name: str | tuple[str, ...] | None = None,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, jax.Array, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]:
     """One update: mean loss over the global batch, its gradient, an optax update, the moving average.
 
-    `ema <- ema + (1 - d) (params - ema)` with `d = min(ema_decay, (1 + step) / (10 + step))`, step counted before the
-    update (the `num_updates` rule of TensorFlow's ExponentialMovingAverage); `ema_warmup=False` is the constant decay
-    of Song et al. 2021 (arXiv 2011.13456).
-
-    The function is pure and unmapped: put it into `jax.jit` over sharded arrays (`axis_name=None`), or into
-    `jax.shard_map` or `jax.pmap` with the state replicated, the batch split in equal parts and `axis_name` their
-    axis. All give the gradient of the same global mean. Buffer donation belongs to the caller's `jit`;
-    `jdiff.parallel.data_parallel` does both.
+    `mean_gradient` followed by `apply_gradient`. The function is pure and unmapped: put it into `jax.jit` over sharded
+    arrays (`axis_name=None`), or into `jax.shard_map` or `jax.pmap` with the state replicated, the batch split in equal
+    parts and `axis_name` their axis. All give the gradient of the same global mean. Buffer donation belongs to the
+    caller's `jit`; `jdiff.parallel.data_parallel` does both.
 
     Nothing is skipped when the loss or the gradient is not finite: `metrics["finite"]` says so and the caller stops
     (or `tx` is wrapped in `optax.apply_if_finite`).
 
     Args:
-        loss_fn: (params, keys, batch) -> (per-example loss (batch,), metrics); keys (batch,), metrics a dict of
-            per-example or scalar values, averaged over the global batch. The batch has one more entry here,
-            `batch["key"]`: the step's `shared_key`. The network's compute dtype is its own matter.
+        loss_fn: see `mean_gradient`.
         tx: an optax transformation.
-        ema_decay: in [0, 1).
-        ema_warmup: lower the decay during the first updates.
+        ema_decay: see `apply_gradient`.
+        ema_warmup: see `apply_gradient`.
         axis_name: mapped axis or axes, None under `jit`.
+        accumulate: see `mean_gradient`.
 
     Returns:
         `(state, key, batch) -> (state, metrics)`. `batch` is a mapping with `batch["index"]`, (batch,) integers: each
@@ -117,12 +113,61 @@ def make_train_step(
         step raises `TypeError` or `ValueError` for a key, an index, a loss or a metric of the wrong kind.
 
     Raises:
-        ValueError: `ema_decay` outside [0, 1).
+        ValueError: `ema_decay` outside [0, 1), `accumulate` below 1.
     """
-    if not 0.0 <= ema_decay < 1.0:
-        raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
+    gradient = mean_gradient(loss_fn, accumulate=accumulate)
+    apply = apply_gradient(tx, ema_decay=ema_decay, ema_warmup=ema_warmup)
 
     def train_step(state, key, batch):
+        params = state.params
+        if axis_name is not None:
+            # shard_map sums the gradient of a replicated value over the devices; that of a varying one stays local,
+            # as in pmap.
+            params = jax.lax.pcast(params, axis_name, to="varying")
+        grads, metrics = gradient(params, state.step, key, batch)
+        if axis_name is not None:
+            grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+        return apply(state, grads, metrics)
+
+    return train_step
+
+
+def mean_gradient(
+    loss_fn: LossFn, *, accumulate: int = 1
+) -> Callable[[PyTree, jax.Array, jax.Array, Mapping[str, Any]], tuple[PyTree, dict[str, jax.Array]]]:
+    """The gradient of the mean loss over a batch, whose noise is a function of (key, step, index).
+
+    Args:
+        loss_fn: (params, keys, batch) -> (per-example loss (batch,), metrics); keys (batch,), metrics a dict of
+            per-example or scalar values, averaged over the batch. The batch has one more entry here, `batch["key"]`:
+            the step's `shared_key`. The network's compute dtype is its own matter.
+        accumulate: in how many parts the batch is taken, one after the other, their gradients averaged: the same
+            numbers from activations of `batch / accumulate` examples. Parts are every `accumulate`-th example, so that
+            a batch split over devices stays where it is.
+
+    Returns:
+        `(params, step, key, batch) -> (gradient, metrics)`: means over the batch, `metrics["loss"]` among them.
+
+    Raises:
+        ValueError: `accumulate` below 1; a batch that it does not divide, while tracing.
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+
+    def mean_loss(params, keys, batch):
+        loss, metrics = loss_fn(params, keys, batch)
+        if jnp.shape(loss) != keys.shape:
+            raise ValueError(f"loss_fn must return one loss per example, shape {keys.shape}, got {jnp.shape(loss)}")
+        if reserved := {"loss", "grad_norm", "finite"} & set(metrics):
+            raise ValueError(f"loss_fn's metrics may not use the names {sorted(reserved)}")
+        for name, value in metrics.items():
+            if jnp.shape(value) not in ((), keys.shape):
+                raise ValueError(f"metric {name!r} must have shape () or {keys.shape}, got {jnp.shape(value)}")
+        metrics = {"loss": loss, **metrics}
+        means = {name: jnp.mean(value, dtype=_mean_dtype(value)) for name, value in metrics.items()}
+        return means["loss"], means
+
+    def gradient(params, step, key, batch):
         if not isinstance(batch, Mapping) or "index" not in batch:
             raise ValueError(
                 'batch must be a mapping with "index", the (batch,) positions in the global batch; '
@@ -130,33 +175,54 @@ def make_train_step(
             )
         if "key" in batch:
             raise ValueError('batch may not have an entry "key": the step puts its shared_key there')
-        keys = example_keys(key, state.step, batch["index"])
-        batch = {**batch, "key": shared_key(key, state.step)}
+        keys = example_keys(key, step, batch["index"])
+        shared = shared_key(key, step)
+        part = lambda keys, batch: jax.grad(mean_loss, has_aux=True)(params, keys, {**batch, "key": shared})
+        if accumulate == 1:
+            return part(keys, batch)
+        if len(keys) % accumulate:
+            raise ValueError(f"a batch of {len(keys)} does not divide into accumulate = {accumulate} parts")
+        split = lambda leaf: leaf.reshape(len(keys) // accumulate, accumulate, *leaf.shape[1:]).swapaxes(0, 1)
+        parts = jax.tree.map(split, (keys, dict(batch)))
 
-        def mean_loss(params):
-            loss, metrics = loss_fn(params, keys, batch)
-            if jnp.shape(loss) != keys.shape:
-                raise ValueError(f"loss_fn must return one loss per example, shape {keys.shape}, got {jnp.shape(loss)}")
-            if reserved := {"loss", "grad_norm", "finite"} & set(metrics):
-                raise ValueError(f"loss_fn's metrics may not use the names {sorted(reserved)}")
-            for name, value in metrics.items():
-                if jnp.shape(value) not in ((), keys.shape):
-                    raise ValueError(f"metric {name!r} must have shape () or {keys.shape}, got {jnp.shape(value)}")
-            metrics = {"loss": loss, **metrics}
-            means = {name: jnp.mean(value, dtype=_mean_dtype(value)) for name, value in metrics.items()}
-            return means["loss"], means
+        def add(total, one):
+            return jax.tree.map(jnp.add, total, part(*one)), None
 
-        params = state.params
-        if axis_name is not None:
-            # shard_map sums the gradient of a replicated value over the devices; that of a varying one stays local,
-            # as in pmap.
-            params = jax.lax.pcast(params, axis_name, to="varying")
-        grads, metrics = jax.grad(mean_loss, has_aux=True)(params)
-        if axis_name is not None:
-            grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        first = part(*jax.tree.map(lambda leaf: leaf[0], parts))
+        rest = jax.tree.map(lambda leaf: leaf[1:], parts)
+        # XLA:CPU runs backward convolutions inside a loop many times slower than outside.
+        total, _ = jax.lax.scan(add, first, rest, unroll=jax.default_backend() == "cpu")
+        return jax.tree.map(lambda leaf: leaf / accumulate, total)
 
+    return gradient
+
+
+def apply_gradient(
+    tx: optax.GradientTransformation, *, ema_decay: float, ema_warmup: bool = True
+) -> Callable[[TrainState, PyTree, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+    """The second half of an update: optax's transformation and the moving average.
+
+    `ema <- ema + (1 - d) (params - ema)` with `d = min(ema_decay, (1 + step) / (10 + step))`, step counted before the
+    update (the `num_updates` rule of TensorFlow's ExponentialMovingAverage); `ema_warmup=False` is the constant decay
+    of Song et al. 2021 (arXiv 2011.13456).
+
+    Args:
+        tx: an optax transformation.
+        ema_decay: in [0, 1).
+        ema_warmup: lower the decay during the first updates.
+
+    Returns:
+        `(state, gradient, metrics) -> (state, metrics)`; adds `grad_norm` and `finite` to the metrics.
+
+    Raises:
+        ValueError: `ema_decay` outside [0, 1).
+    """
+    if not 0.0 <= ema_decay < 1.0:
+        raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
+
+    def apply(state, grads, metrics):
+        norm = optax.tree.norm(grads)
+        metrics = {**metrics, "grad_norm": norm, "finite": jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)}
         with jax.numpy_dtype_promotion("standard"):
             # optax's Adam mixes dtypes and could not be traced in a session that is strict about its own code.
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -164,7 +230,7 @@ def make_train_step(
         ema = _average(state.ema, params, state.step, ema_decay, ema_warmup)
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
-    return train_step
+    return apply
 
 
 def learning_rate(peak: float, *, warmup: int = 0, total: int | None = None) -> optax.Schedule:

@@ -14,6 +14,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from experiments.plan import collectives
 from jdiff import parallel, training
 
 BATCH, DIM, HIDDEN, STEPS = 16, 5, 8, 4
@@ -98,16 +99,153 @@ def test_the_old_state_can_be_kept(reference):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((state, new)))
 
 
-@pytest.mark.parametrize("how", ["jit", "shard_map", "pmap"])
-def test_gradients_are_what_devices_exchange(how):
-    """All-reduces in the compiled step carry the gradients once and scalars, and nothing is gathered."""
+def compiled_step(how, **options):
     tx = TRANSFORMS["sgd"][0]
-    mesh = parallel.data_mesh()
-    step = parallel.data_parallel(loss_fn, tx, mesh, how, ema_decay=0.99)
+    mesh = parallel.data_mesh(fsdp=options.pop("fsdp", 1))
     state, batch = training.init_state(start(), tx), next(batches())
-    text = step.lower(state, KEY, batch).compile().as_text()
-    assert "all-reduce" in text
-    assert not any(name in text for name in ("all-gather", "all-to-all", "reduce-scatter", 'custom_call_target="xla_'))
+    if "fsdp" in mesh.axis_names:
+        options["sharding"] = parallel.state_sharding(state, mesh, min_size=1)
+    step = parallel.data_parallel(loss_fn, tx, mesh, how, ema_decay=0.99, **options)
+    return step.lower(state, KEY, batch).compile().as_text()
+
+
+PARAMETER_BYTES = 4 * (DIM * HIDDEN + HIDDEN + HIDDEN * DIM)
+METRIC_BYTES = 4 * 3  # loss, t, constant
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("how", ["jit", "shard_map", "pmap"])
+def test_gradients_are_what_devices_exchange(how, accumulate):
+    """Data parallel: the gradient is reduced once, with the scalar metrics, and nothing else moves."""
+    text = compiled_step(how, accumulate=accumulate)
+    moved = collectives(text)
+    assert moved.keys() == {"all-reduce"}
+    # XLA reduces the gradient of each part; written out, it is reduced once.
+    parts = accumulate if how == "jit" else 1
+    assert PARAMETER_BYTES * parts <= moved["all-reduce"] <= (PARAMETER_BYTES + METRIC_BYTES) * parts
+    assert 'custom_call_target="xla_' not in text
+
+
+def test_fsdp_gathers_parameters_and_scatters_gradients():
+    """Written out: parameters come once, gradients leave once, each device keeps its part."""
+    moved = collectives(compiled_step("shard_map", fsdp=8))
+    assert moved.keys() == {"all-gather", "reduce-scatter", "all-reduce"}
+    assert moved["all-gather"] == PARAMETER_BYTES
+    assert moved["reduce-scatter"] == PARAMETER_BYTES / 8
+    # Metrics, and the norm of the gradient, one number a leaf.
+    assert moved["all-reduce"] <= METRIC_BYTES + 4 * 3
+
+
+def test_fsdp_by_xla():
+    """XLA:CPU has no pass that makes an all-reduce and a slice one reduce-scatter: the gradient is reduced whole."""
+    moved = collectives(compiled_step("jit", fsdp=8))
+    assert moved.keys() <= {"all-gather", "reduce-scatter", "all-reduce"}
+    assert moved["all-gather"] == PARAMETER_BYTES
+    reduced = moved.get("reduce-scatter", 0) * 8 + moved["all-reduce"]
+    assert PARAMETER_BYTES <= reduced <= PARAMETER_BYTES + METRIC_BYTES + 4 * 3
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("fsdp", [2, 4, 8])
+@pytest.mark.parametrize("how", ["jit", "shard_map"])
+def test_fsdp_is_one_result(how, fsdp, name, reference):
+    tx, tolerance = TRANSFORMS[name]
+    mesh = parallel.data_mesh(fsdp=fsdp)
+    state = training.init_state(start(), tx)
+    sharding = parallel.state_sharding(state, mesh, min_size=1)
+    step = parallel.data_parallel(loss_fn, tx, mesh, how, ema_decay=0.99, sharding=sharding)
+    state = parallel.place(state, sharding)
+    for batch, expected in zip(batches(), reference[name][1], strict=True):
+        state, metrics = step(state, KEY, parallel.shard_batch(batch, mesh))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), metrics, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), state, reference[name][0]
+    )
+    shards = {leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves((state.params, state.ema))}
+    assert shards == {(DIM, HIDDEN // fsdp), (HIDDEN // fsdp,), (HIDDEN // fsdp, DIM)}
+    if name == "adam":
+        moments = state.opt_state[1].mu
+        jax.tree.map(lambda a, b: np.testing.assert_equal(a.sharding, b.sharding), moments, state.params)
+
+
+def test_what_is_sharded():
+    mesh = parallel.data_mesh(fsdp=4)
+    assert mesh.shape == {"data": 2, "fsdp": 4}
+    shapes = {"big": (6, 16, 8), "equal": (8, 8), "small": (4, 2), "odd": (33, 35), "scalar": ()}
+    state = {"params": {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}}
+    spec = lambda **options: {
+        name: tuple(place.spec) for name, place in parallel.state_sharding(state, mesh, **options)["params"].items()
+    }
+    assert spec(min_size=9) == {
+        "big": (None, "fsdp"),
+        "equal": (None, "fsdp"),
+        "small": (),
+        "odd": (),
+        "scalar": (),
+    }
+    assert spec(min_size=65)["equal"] == ()
+    overridden = spec(min_size=9, overrides={"big": 2, "params/e": None, "small$": 0})
+    assert overridden["big"] == (None, None, "fsdp") and overridden["equal"] == () and overridden["small"] == ("fsdp",)
+    whole = parallel.state_sharding(state, parallel.data_mesh(), min_size=1)
+    assert all(place.is_fully_replicated for place in jax.tree.leaves(whole))
+    with pytest.raises(ValueError, match=r"params/odd of shape \(33, 35\) cannot be split along axis 0 over 4 devices"):
+        spec(overrides={"odd": 0})
+    with pytest.raises(ValueError, match=r"overrides \['bih'\] are found in no path"):
+        spec(overrides={"bih": 0})
+    with pytest.raises(ValueError, match="regular expressions"):
+        spec(overrides={"(": 0})
+    with pytest.raises(ValueError, match="fsdp must divide the 8 devices, got 3"):
+        parallel.data_mesh(fsdp=3)
+    with pytest.raises(ValueError, match="whole state on every device"):
+        parallel.data_parallel(loss_fn, optax.sgd(1.0), mesh, "pmap", ema_decay=0.9, sharding=state)
+
+
+@pytest.mark.parametrize(
+    ("how", "devices", "parts"), [("jit", 1, 2), ("jit", 4, 4), ("shard_map", 4, 2), ("pmap", 2, 4)]
+)
+def test_accumulated_gradients_are_the_batch_s(how, devices, parts, reference):
+    tx, tolerance = TRANSFORMS["sgd"]
+    mesh = parallel.data_mesh(jax.devices()[:devices])
+    seen = []
+
+    def counted(params, keys, batch):
+        seen.append(len(keys))
+        return loss_fn(params, keys, batch)
+
+    step = parallel.data_parallel(counted, tx, mesh, how, ema_decay=0.99, accumulate=parts)
+    state = parallel.replicate(training.init_state(start(), tx), mesh)
+    for batch, expected in zip(batches(), reference["sgd"][1], strict=True):
+        state, metrics = step(state, KEY, parallel.shard_batch(batch, mesh))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), metrics, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), state, reference["sgd"][0])
+    assert set(seen) == {BATCH // parts if how == "jit" else BATCH // parts // devices}
+
+
+@pytest.mark.parametrize("how", ["jit", "shard_map", "pmap"])
+def test_several_steps_a_call(how, reference):
+    tx, tolerance = TRANSFORMS["adam"]
+    mesh = parallel.data_mesh(jax.devices()[:4])
+    step = parallel.data_parallel(loss_fn, tx, mesh, how, ema_decay=0.99, steps=True)
+    state = parallel.replicate(training.init_state(start(), tx), mesh)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches())
+    state, metrics = step(state, KEY, parallel.shard_batch(stacked, mesh, axis=1))
+    expected = jax.tree.map(lambda *leaves: np.stack(leaves), *reference["adam"][1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), metrics, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), state, reference["adam"][0])
+
+
+def test_a_step_does_not_touch_the_host():
+    tx = TRANSFORMS["adam"][0]
+    mesh = parallel.data_mesh()
+    step = parallel.data_parallel(loss_fn, tx, mesh, ema_decay=0.99)
+    state, key = parallel.replicate((training.init_state(start(), tx), KEY), mesh)
+    placed = [parallel.shard_batch(batch, mesh) for batch in batches()]
+    state, _ = step(state, key, placed[0])
+    with jax.transfer_guard("disallow"):
+        for batch in placed[1:]:
+            state, _ = step(state, key, batch)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="transfer"):
+            step(state, key, next(batches()))  # the guard guards
 
 
 def test_placing():
@@ -148,6 +286,11 @@ def test_bad_input_is_named():
     square = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with pytest.raises(ValueError, match="one mesh axis"):
         parallel.data_parallel(loss_fn, optax.sgd(1.0), square, "pmap", ema_decay=0.9)
+    with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
+        parallel.data_parallel(loss_fn, optax.sgd(1.0), mesh, ema_decay=0.9, accumulate=0)
+    step = parallel.data_parallel(loss_fn, optax.sgd(1.0), mesh, ema_decay=0.9, accumulate=3)
+    with pytest.raises(ValueError, match="batch of 16 does not divide into accumulate = 3"):
+        step(training.init_state(start(), optax.sgd(1.0)), KEY, next(batches()))
 
 
 @pytest.mark.parametrize("how", ["jit", "shard_map"])
