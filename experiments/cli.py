@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
+import logging as standard_logging
 import os
 import pathlib
 import sys
@@ -42,7 +43,9 @@ def main(run: Callable[[ConfigDict, Run], int | None], *, evaluation: bool = Fal
         "heartbeat", 100, "seconds of silence after which a process counts as dead and the others stop"
     )
 
-    logging.set_verbosity(logging.ERROR)  # Orbax and TFDS tell much that is of no concern here
+    # Orbax and TFDS tell much that is of no concern here, and of what is they raise errors.
+    logging.set_verbosity(logging.FATAL)
+    standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
 
     def start(argv):
         try:

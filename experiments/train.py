@@ -118,10 +118,12 @@ def _train(config, run, manager, lock, mesh, described, source, validation, stri
         items = {**state._asdict(), "statistics": statistics, "data": batches.get_state(), "meta": identity}
         try:
             checkpoint.save(manager, step, items, force=force)
-        except OSError as error:
+        except checkpoint.SaveError as error:
             if jax.process_count() > 1:
-                raise
-            print(f"step {step} could not be saved, tried again at the next: {error}", file=sys.stderr)
+                raise  # the others would wait for this one: a restart resumes from the last good step
+            bar.write(f"{error}; tried again at the next save", file=sys.stderr)
+            if force:  # there is no next
+                checkpoint.save(manager, step, items, force=True)
 
     pending: list[tuple[int, dict]] = []
     clock, seen, step = time.perf_counter(), start, start

@@ -1,6 +1,7 @@
 """Checkpoints that are what was saved, or an error: Orbax, with a digest of every array that is checked at restore."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import operator
@@ -28,6 +29,10 @@ class NoCheckpointError(FileNotFoundError):
     """There is no checkpoint, or none of the step asked for."""
 
 
+class SaveError(OSError):
+    """A checkpoint could not be written, now or in the background before; the message names its step and the fault."""
+
+
 class DamagedCheckpointError(RuntimeError):
     """A checkpoint cannot be read, or is not what was saved; the message names step, file and fault."""
 
@@ -39,9 +44,8 @@ class DamagedCheckpointWarning(UserWarning):
 class Manager(ocp.CheckpointManager):
     """An Orbax `CheckpointManager` that remembers what this process saved, restored and found damaged.
 
-    From Orbax: `all_steps()`, `latest_step()`, `wait_until_finished()` (block until the last save is on disk, raise
-    what went wrong in the background), `close()` (the same, then release threads; also at the end of `with
-    open_manager(...) as manager`).
+    From Orbax: `all_steps()`, `latest_step()`, `close()` (`wait_until_finished()`, then release threads; also at the
+    end of `with open_manager(...) as manager`).
     """
 
     def __init__(self, directory: epath.Path, options: ocp.CheckpointManagerOptions):
@@ -50,6 +54,41 @@ class Manager(ocp.CheckpointManager):
         self.read_only: bool = options.read_only
         self.trusted: set[int] = set()
         self.damaged: set[int] = set()
+        self._given, self._writing = options, None
+
+    def write(self, step: int, args: ocp.args.Composite) -> None:
+        """Begin to write a step; see `save`, which is the function to call."""
+        try:
+            self.save(step, args=args, force=True)
+        except Exception as error:
+            raise self._failed(step, error) from error
+        self._writing = step
+
+    def wait_until_finished(self) -> None:
+        """Block until the last save is on disk.
+
+        Raises:
+            SaveError: it could not be written. The next save may be tried as if nothing had happened.
+        """
+        try:
+            super().wait_until_finished()
+        except Exception as error:
+            raise self._failed(self._writing, error) from error
+
+    def _failed(self, step, error):
+        """Forget a step that could not be written, and what was written of it."""
+        if isinstance(error, SaveError):
+            return error
+        self.trusted.discard(step)
+        self._writing = None
+        if jax.process_count() == 1:
+            # Orbax raises the error of a background save at every later call: only a new manager writes again.
+            for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                with contextlib.suppress(OSError):  # other threads of the save may still be at it
+                    left.rmtree(missing_ok=True)
+            super().__init__(self.directory, options=self._given)
+        text = " ".join(str(error).split()) or type(error).__name__
+        return SaveError(f"step {step} could not be written to {self.directory}: {text[:400]}")
 
 
 def open_manager(directory: str, *, keep: int = 3, every: int = 1, read_only: bool = False) -> Manager:
@@ -107,7 +146,8 @@ def save(manager: Manager, step: int, items: Mapping[str, Any], *, force: bool =
             has neither saved nor found damaged (training from an older state into a directory of a longer run would
             bury them); `data` or `meta` differ between processes.
         TypeError: a leaf that is no numeric array, or `data` or `meta` that JSON cannot hold.
-        Exception: what went wrong in the background during the save before.
+        SaveError: the files could not be written, of this step or, in the background, of the one before. It may be
+            tried again.
     """
     step = operator.index(step)
     if manager.read_only:
@@ -146,7 +186,7 @@ def save(manager: Manager, step: int, items: Mapping[str, Any], *, force: bool =
     args = {name: ocp.args.StandardSave(_nest(leaves)) for name, leaves in trees.items() if leaves}
     if "data" in texts:
         args["data"] = ocp.args.JsonSave(texts["data"])
-    manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)), force=True)
+    manager.write(step, ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)))
     manager.trusted.add(step)
     return True
 

@@ -1,0 +1,452 @@
+"""Nothing lost: kills, signals, full disks, damage, two owners, remote folders: what docs/reliability.md promises."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import fsspec
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils.epath import backend
+
+from experiments import lock, records
+from experiments.artefacts import Metrics, Run, read_json, read_jsonl
+from jdiff import checkpoint, data, parallel, training
+
+ROOT = pathlib.Path(__file__).parents[1]
+SETTINGS = {
+    "network.name": "mlp",
+    "network.options": {"width": 16, "depth": 1},
+    "training.steps": 60,
+    "training.batch_size": 16,
+    "training.log_every": 3,
+    "training.validate_every": 30,
+    "training.checkpoint_every": 6,
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Data, and compiled programs that every process of these tests shares."""
+    folder = tmp_path_factory.mktemp("reliability")
+    data.load("digits", "train", data_dir=folder / "tfds")
+    return folder
+
+
+def start(place, run, *more, devices=1, program=None, **settings):
+    """A training process, as from the command line."""
+    options = [f"--set={name}={json.dumps(value)}" for name, value in (SETTINGS | settings).items()]
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TFDS_DATA_DIR": str(place / "tfds"),
+        "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONUNBUFFERED": "1",
+    }
+    program = program or ["-m", "experiments.train", "--workdir", str(run)]
+    command = [sys.executable, *program, "--config", "configs/smoke.py"]
+    return subprocess.Popen(
+        [*command, *options, *more], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process, timeout=240):
+    out, _ = process.communicate(timeout=timeout)
+    return process.returncode, out
+
+
+def wait_for_step(process, run, step, timeout=120):
+    """Wait until metrics.jsonl has a line of that step or a later one, or the process has ended."""
+    end = time.monotonic() + timeout
+    while process.poll() is None and time.monotonic() < end:
+        lines = read_jsonl(run / "metrics.jsonl")
+        if lines and lines[-1]["step"] >= step:
+            return
+        time.sleep(0.01)
+    assert process.poll() is not None or time.monotonic() < end, f"no step {step} in {timeout} s"
+
+
+def lines_of(run):
+    """metrics.jsonl without its times."""
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in read_jsonl(run / "metrics.jsonl")]
+
+
+def state_of(run, step=60):
+    """All that the checkpoint of a step holds, as bits, by name, with the position in the data."""
+    with checkpoint.open_manager(str(run / "checkpoints"), read_only=True) as manager:
+        assert manager.latest_step() == step
+        meta = json.loads((run / "checkpoints" / str(step) / "meta" / "metadata").read_text())
+    return meta["items"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place):
+    """The run that every disturbed one must equal."""
+    run = Run(str(place / "undisturbed"))
+    code, out = finish(start(place, run.path))
+    assert code == 0, out
+    return run
+
+
+def same_run(run, undisturbed):
+    assert state_of(run) == state_of(undisturbed)
+    assert lines_of(run) == lines_of(undisturbed)
+
+
+def killed_at_random(place, run, kills, rng):
+    """Kill a run with SIGKILL at random moments, also while it saves, until so many kills hit; then let it end."""
+    hits, inside_a_save = 0, 0
+    while hits < kills:
+        process = start(place, run.path)
+        lines = read_jsonl(run / "metrics.jsonl")
+        first = lines[-1]["step"] if lines else 0
+        wait_for_step(process, run, first + 3 if hits % 2 else first + 6)
+        time.sleep(rng.uniform(0, 0.3))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            hits += 1
+        process.wait()
+        process.stdout.close()
+        inside_a_save += any("tmp" in path.name for path in (run / "checkpoints").iterdir())
+        steps = [line["step"] for line in read_jsonl(run / "metrics.jsonl")]
+        if steps and steps[-1] >= 54:  # nearly done: begin again, and keep on killing
+            shutil.rmtree(run.path)
+    code, out = finish(start(place, run.path))
+    assert code == 0, out
+    return inside_a_save
+
+
+def test_killed_three_times_it_is_the_same_run(place, undisturbed, tmp_path):
+    run = Run(str(tmp_path / "run"))
+    killed_at_random(place, run, 3, np.random.default_rng(0))
+    same_run(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_thirty_times_it_is_the_same_run(place, undisturbed, tmp_path):
+    run = Run(str(tmp_path / "run"))
+    inside = killed_at_random(place, run, 30, np.random.default_rng(1))
+    same_run(run, undisturbed)
+    assert inside > 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_stops(place, undisturbed, tmp_path, number, code):
+    run = Run(str(tmp_path / "run"))
+    process = start(place, run.path)
+    wait_for_step(process, run, 12)
+    process.send_signal(number)
+    asked = time.monotonic()
+    returned, out = finish(process)
+    assert returned == code and time.monotonic() - asked < 20
+    step = int(re.search(r"interrupted: step (\d+) is saved", out)[1])
+    assert 12 <= step < 60 and not (run / lock.NAME).exists()
+    assert state_of(run, step)
+    returned, out = finish(start(place, run.path))
+    assert returned == 0
+    assert state_of(run) == state_of(undisturbed)
+    ours, expected = ({line["step"]: line for line in lines_of(r)} for r in (run, undisturbed))
+    assert ours.keys() - {step} == expected.keys() - {step}
+
+
+def test_a_damaged_newest_checkpoint(place, undisturbed, tmp_path):
+    """Passed over with a word, or refused; the end is the same."""
+    run = Run(str(tmp_path / "run"))
+    shutil.copytree(undisturbed.path, run.path)
+    shutil.rmtree(run / "checkpoints" / "60")
+    files = [f for f in pathlib.Path(run / "checkpoints" / "54" / "params").rglob("*") if f.is_file()]
+    file = max(files, key=lambda f: f.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    code, out = finish(start(place, run.path, "--resume=strict"))
+    assert code == 3 and re.search(r"DamagedCheckpointError: step 54 is damaged: .*params", out), out
+    code, out = finish(start(place, run.path))
+    assert code == 0 and re.search(r"step 54 is damaged: .*params.*restored step 48 instead", out, re.DOTALL), out
+    same_run(run, undisturbed)
+
+
+FULL_FOR_A_WHILE = """
+import resource, runpy, sys, threading, time
+from experiments.artefacts import Run, read_jsonl
+
+run, sys.argv = Run(sys.argv[1]), ["train", *sys.argv[2:], "--workdir", sys.argv[1]]
+resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
+
+def lift():
+    while not any(line["step"] >= 42 for line in read_jsonl(run / "metrics.jsonl")):
+        time.sleep(0.01)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+threading.Thread(target=lift, daemon=True).start()
+runpy.run_module("experiments.train", run_name="__main__")
+"""
+
+
+def test_a_disk_that_is_full_for_a_while(place, undisturbed, tmp_path):
+    """A limit on the size of files stands for it: saves fail, are reported, and succeed when there is room again."""
+    run = Run(str(tmp_path / "run"))
+    process = start(place, run.path, program=["-c", FULL_FOR_A_WHILE, str(run.path)])
+    code, out = finish(process)
+    assert code == 0, out
+    assert re.search(r"step 6 could not be written to .*checkpoints: .*; tried again at the next save", out), out
+    assert not list((run / "checkpoints").glob("*tmp*"))
+    assert state_of(run) == state_of(undisturbed) and lines_of(run) == lines_of(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+def test_a_disk_that_stays_full(place, undisturbed, tmp_path):
+    """On a tmpfs: the run goes on to its end, says that the last step is not saved, and the last good one is there."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount")
+    try:
+        run = Run(str(tmp_path / "run"))
+        (tmp_path / "fill").write_bytes(bytes(700_000))
+        code, out = finish(start(place, run.path))
+        assert code == 2 and re.search(r"SaveError: step 60 could not be written", out), out
+        assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == list(range(3, 61, 3))
+        (tmp_path / "fill").unlink()
+        code, out = finish(start(place, run.path))
+        assert code == 0, out
+        assert state_of(run) == state_of(undisturbed)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+# One owner -----------------------------------------------------------------------------------------------------------
+
+
+def owner(run, **values):
+    known = {"host": socket.gethostname(), "process": 1, "identity": "other", "renewed": time.time()}
+    run.write_json(lock.NAME, known | values)
+
+
+def test_one_owner_a_folder(tmp_path):
+    run = Run(str(tmp_path))
+    owner(run)  # process 1 is always there
+    with pytest.raises(RuntimeError, match=r"written by process 1 on .*there 0 s ago.*another --workdir.*lock.json"):
+        lock.Lock(run).__enter__()
+    owner(run, host="elsewhere")
+    with pytest.raises(RuntimeError, match="process 1 on elsewhere"):
+        lock.Lock(run).__enter__()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for values in (
+        {"host": "elsewhere", "renewed": time.time() - 61},
+        {"process": gone.pid},
+        {"process": os.getpid()},  # of a container that was started again
+        {"renewed": "soon"},
+    ):
+        owner(run, **values)
+        with lock.Lock(run) as held:
+            assert read_json(run / lock.NAME)["process"] == os.getpid()
+            held.check()
+        assert not (run / lock.NAME).exists()
+    run.write(lock.NAME, '{"host": "a')  # cut short
+    with lock.Lock(run) as held:
+        owner(run, host="elsewhere")  # taken over while this one slept
+        with pytest.raises(RuntimeError, match="on elsewhere"):
+            held.check()
+    assert read_json(run / lock.NAME)["host"] == "elsewhere"
+
+
+def test_the_lock_is_renewed(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "RENEWED_EVERY", 0.02)
+    with lock.Lock(Run(str(tmp_path))):
+        first = read_json(tmp_path / lock.NAME)["renewed"]
+        end = time.monotonic() + 10
+        while read_json(tmp_path / lock.NAME)["renewed"] == first and time.monotonic() < end:
+            time.sleep(0.02)
+        assert read_json(tmp_path / lock.NAME)["renewed"] > first
+
+
+def test_a_second_training_is_refused(place, tmp_path):
+    run = Run(str(tmp_path / "run"))
+    first = start(place, run.path)
+    wait_for_step(first, run, 3)
+    first.send_signal(signal.SIGSTOP)  # alive, but never finished before the second has looked
+    try:
+        code, out = finish(start(place, run.path))
+        assert code == 3 and f"RuntimeError: {run.path} is being written by process {first.pid}" in out, out
+    finally:
+        first.send_signal(signal.SIGCONT)
+    code, out = finish(first)
+    assert code == 0, out
+
+
+# Remote folders ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """gs:// in memory."""
+    memory = fsspec.filesystem("memory", skip_instance_cache=True)
+
+    class InMemory(backend._FileSystemSpecBackend):
+        def fs(self, path):
+            return memory
+
+    stripped = lambda path: str(path).removeprefix("gs:/")
+    for name in ("open", "exists", "isdir", "listdir", "makedirs", "mkdir", "rmtree", "remove"):
+        method = getattr(InMemory, name)
+        monkeypatch.setattr(
+            InMemory, name, lambda self, path, *a, m=method, **k: m(self, stripped(path), *a, **k), raising=False
+        )
+    glob = lambda self, path: [f"gs:/{found}" for found in memory.glob(stripped(path))]
+    monkeypatch.setattr(InMemory, "glob", glob, raising=False)
+    from etils.epath import gpath
+
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", InMemory())
+    yield memory
+    memory.store.clear()
+
+
+def test_a_folder_in_a_bucket(bucket, tmp_path):
+    """What the scripts do with a run folder they do alike on gs:// and on a disk."""
+    from configs import smoke
+
+    config = smoke.get_config()
+    for run in (Run("gs://bucket/runs/a"), Run(str(tmp_path / "a"))):
+        run.open(config)
+        run.open(config)
+        assert run.config()["data"]["name"] == "digits"
+        with lock.Lock(run):
+            assert read_json(run / lock.NAME)["process"] == os.getpid()
+        assert not (run / lock.NAME).exists()
+        metrics = Metrics(run, 0)
+        metrics.write(1, {"loss": 2.0})
+        metrics.write(2, {"loss": 1.0})
+        metrics.close()
+        metrics = Metrics(run, 1)  # resumed from step 1
+        metrics.write(2, {"loss": 1.5})
+        metrics.close()
+        assert [(line["step"], line["loss"]) for line in read_jsonl(run / "metrics.jsonl")] == [(1, 2.0), (2, 1.5)]
+        pairs = [(i, 0) for i in range(6)]
+        for k in (0, 1):
+            files = records.Records(run, "likelihood_test", {"a": 1}, (k, 2))
+            write = files.writer()
+            for i, d in files.share(pairs):
+                write([{"index": i, "draw": d, "bits_per_dim": float(i)}])
+        assert sorted(records.Records(run, "likelihood_test", {"a": 1}).read()) == pairs
+    assert any("bucket/runs/a/config.json" in name for name in bucket.store)
+
+
+def test_metrics_that_cannot_be_written_wait(tmp_path, monkeypatch, capsys):
+    run = Run(str(tmp_path))
+    metrics, append, fail = Metrics(run, 0), Run.append, [False, True, True, False]
+
+    def appending(self, name, text):
+        if fail.pop(0):
+            raise OSError(28, "No space left on device")
+        append(self, name, text)
+
+    monkeypatch.setattr(Run, "append", appending)
+    for step in range(1, 5):
+        metrics.write(step, {"loss": float(step)})
+    metrics.close()
+    assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert "step 3 could not be written and waits: [Errno 28]" in capsys.readouterr().err
+
+
+# Other devices -------------------------------------------------------------------------------------------------------
+
+
+def test_a_state_moves_between_meshes(tmp_path):
+    """8 devices sharing a state, 4 in two groups, 1, 8 whole: the same bits each time; the average alone as well."""
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in {"a": (8, 24), "b": (16,)}.items()}
+    tx = training.adam(1e-3)
+    state = training.init_state(jax.tree.map(jnp.asarray, params), tx)
+    expected = jax.tree.map(np.asarray, state)
+    for n, (devices, fsdp) in enumerate([(8, 8), (4, 2), (1, 1), (8, 1), (8, 4)]):
+        mesh = parallel.data_mesh(jax.devices()[:devices], fsdp=fsdp)
+        sharding = parallel.state_sharding(state, mesh, min_size=1)
+        folder = str(tmp_path / "steps")
+        with checkpoint.open_manager(folder) as manager:
+            if n:
+                like = jax.eval_shape(lambda: expected)._asdict()
+                del like["step"]
+                state = training.TrainState(**checkpoint.restore(manager, like, sharding._asdict()))
+                state = state._replace(step=jnp.asarray(n + 1, jnp.int32))
+            else:
+                state = parallel.place(state, sharding)._replace(step=jnp.asarray(1, jnp.int32))
+            checkpoint.save(manager, n + 1, state._asdict())
+        assert state.params["a"].sharding.shard_shape((8, 24)) == (8, 24 // fsdp)
+        for name in ("params", "ema", "opt_state"):
+            jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(expected, name))
+    with checkpoint.open_manager(folder, read_only=True) as manager:
+        shutil.rmtree(tmp_path / "steps" / "5" / "opt_state")  # it is not read
+        average = checkpoint.restore(manager, {"ema": jax.eval_shape(lambda: expected.ema)})["ema"]
+    jax.tree.map(np.testing.assert_array_equal, average, expected.ema)
+
+
+# Several processes ---------------------------------------------------------------------------------------------------
+
+
+def several(place, run, count, *more, devices=2, **settings):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = [f"--coordinator={address}", f"--processes={count}", "--heartbeat=10"]
+    return [start(place, run, *flags, f"--process={n}", *more, devices=devices, **settings) for n in range(count)]
+
+
+def finish_all(processes, timeout=240):
+    try:
+        return [finish(process, timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "fsdp"), [(2, 1), (4, 1), (2, 2)])
+def test_several_processes_are_one_run(place, undisturbed, tmp_path, count, fsdp):
+    """Two and four processes of two devices train what one trains; one is told to stop, all do, at one step."""
+    run = Run(str(tmp_path / "run"))
+    sharding = {"fsdp": fsdp, "min_size": 1, "options": {}}
+    processes = several(place, run.path, count, **{"training.sharding": sharding})
+    wait_for_step(processes[0], run, 12)
+    processes[-1].send_signal(signal.SIGTERM)
+    results = finish_all(processes)
+    assert [code for code, _ in results] == [143] * count, results
+    steps = {step for _, out in results for step in re.findall(r"step (\d+) is saved", out)}
+    assert len(steps) == 1, steps
+    results = finish_all(several(place, run.path, count, **{"training.sharding": sharding}))
+    assert [code for code, _ in results] == [0] * count, results
+    ours, expected = ({line["step"]: line for line in lines_of(r)} for r in (run, undisturbed))
+    for step in (30, 60):
+        for name in ("loss", "validation_loss", "grad_norm"):
+            assert ours[step][name] == pytest.approx(expected[step][name], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_stops_the_others(place, tmp_path):
+    run = Run(str(tmp_path / "run"))
+    settings = {"training.steps": 100_000}
+    processes = several(place, run.path, 2, **settings)
+    wait_for_step(processes[0], run, 12)
+    processes[1].kill()
+    killed = time.monotonic()
+    code, out = finish(processes[0], timeout=60)
+    assert code != 0 and time.monotonic() - killed < 40
+    assert re.search(r"heartbeat|another task died|Gloo|connection|peer", out, re.IGNORECASE), out
+    processes[1].communicate()
+    saved = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
+    processes = several(place, run.path, 2, **settings)
+    wait_for_step(processes[0], run, saved + 3)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    assert min(line["step"] for line in read_jsonl(run / "metrics.jsonl")) == 3
