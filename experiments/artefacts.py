@@ -92,13 +92,14 @@ class Run:
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file, whole or not at all."""
         content = content.encode() if isinstance(content, str) else content
+        file = self / name
         if self.remote:  # objects appear whole
-            (self / name).write_bytes(content)
+            file.write_bytes(content)
             return
-        temporary = self / f".{name}.{os.getpid()}"
+        temporary = file.parent / f".{file.name}.{os.getpid()}"
         try:
             temporary.write_bytes(content)
-            temporary.replace(self / name)
+            temporary.replace(file)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise

@@ -13,7 +13,6 @@ per-image records (run again after a kill to go on), a histogram and the images 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 import sys
@@ -33,6 +32,7 @@ from experiments import build, cli, errors, model, pictures, song2021
 from experiments.artefacts import Run, read_json, read_jsonl
 from experiments.compilation import compiler_options
 from experiments.errors import summarise
+from experiments.processes import primary, wait_for_all
 from experiments.records import Pair, Records
 from jdiff import bounds, data, dequantisation, log_likelihood, parallel, times
 
@@ -120,8 +120,9 @@ def likelihood(
         "jdiff": jdiff.__version__,
     }
     name = f"likelihood_{_slug(evaluation.split)}"
-    run.write(f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    run.write_json(f"{name}.json", summary)
+    if primary():
+        run.write(f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        run.write_json(f"{name}.json", summary)
     return summary
 
 
@@ -239,7 +240,7 @@ class _Evaluation:
                 f"images of {config.data.name} have D = {size}: use rademacher, with more likelihood.probes"
             )
         self._trained = model.load(config, run, source, step=step)
-        self._parameters = _digest((self._trained.params, self._trained.statistics))
+        self._parameters = model.digest(self._trained)
         self.images = min(config.likelihood.images or len(source), len(source))
         self._mesh = mesh = parallel.data_mesh(jax.local_devices())
         share = -(-self.images * config.likelihood.draws * config.likelihood.importance_samples // n)
@@ -288,6 +289,7 @@ class _Evaluation:
         """Return the records of all pairs in order, those missing evaluated first; None where other shards owe some."""
         files = Records(self._run, f"likelihood_{_slug(self.split)}", self.settings(method), self._shard)
         there = files.read()
+        wait_for_all(f"work on {method.name}")  # all saw the same records, whoever is the first to add some
         mine = files.share(pairs, self._batch_size if method.joint else 1)
         todo = [pair for pair in mine if pair not in there]
         if method.joint:  # what is missing of a batch is computed with the rest of it
@@ -296,7 +298,8 @@ class _Evaluation:
             todo = [pair for batch in batches if any(pair not in there for pair in batch) for pair in batch]
         if todo and not self._merge:
             self._compute(todo, method, files.writer())
-            there = files.read()
+        wait_for_all(f"records of {method.name}")
+        there = files.read()
         missing = sum(pair not in there for pair in pairs)
         self.missing += missing
         return None if missing else [there[pair] for pair in sorted(pairs)]
@@ -314,7 +317,13 @@ class _Evaluation:
         device = f"{1 if method.joint else mesh.size} {jax.local_devices()[0].device_kind}"
         total, count = 0.0, 0
         interval = 0.5 if sys.stderr.isatty() else 15
-        with tqdm(total=len(pairs), desc=f"{method.name} {self.split}", unit="image", mininterval=interval) as bar:
+        with tqdm(
+            total=len(pairs),
+            desc=f"{method.name} {self.split}",
+            unit="image",
+            mininterval=interval,
+            disable=not primary(),
+        ) as bar:
             for first in range(0, len(pairs), self._batch_size):
                 start = time.perf_counter()
                 rows = pairs[first : first + self._batch_size]
@@ -569,15 +578,6 @@ def _number(value):
     return "a failure" if value is None else f"{value:.1e}"
 
 
-def _digest(tree):
-    """Return the first 12 hexadecimal digits of the SHA-256 of all arrays with their paths."""
-    h = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        h.update(jax.tree_util.keystr(path).encode())
-        h.update(np.asarray(leaf).tobytes())
-    return h.hexdigest()[:12]
-
-
 def _slug(split):
     return "".join(c if c.isalnum() else "_" for c in split)
 
@@ -621,6 +621,8 @@ def main() -> None:
         summary = likelihood(
             config, folder, split=split, step=f.step, shard=shard, merge=f.merge, error=f.error, bound=f.bounds
         )
+        if not primary():
+            return 0
         if summary is None:
             print("this part is done; the last shard to finish merges all (or run again with --merge)")
             return 0
@@ -634,7 +636,6 @@ def main() -> None:
             )
         return 0 if summary["failed"] == 0 else 4
 
-    parallel.start_processes()  # each then evaluates its part, and the last to finish merges
     cli.main(run, evaluation=True)
 
 

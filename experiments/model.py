@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -106,6 +107,15 @@ def statistics_shapes(config: ConfigDict, model: Model) -> dict[str, jax.ShapeDt
             "edges": jax.ShapeDtypeStruct((cells + 1,), jnp.float32),
         }
     return dict.fromkeys(("mean", "std"), jax.ShapeDtypeStruct(model.shape, jnp.float32))
+
+
+def digest(trained: Trained) -> str:
+    """Return the first 12 hexadecimal digits of the SHA-256 of all arrays of a model with their paths."""
+    h = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path((trained.params, trained.statistics)):
+        h.update(jax.tree_util.keystr(path).encode())
+        h.update(np.asarray(leaf).tobytes())
+    return h.hexdigest()[:12]
 
 
 def load(config: ConfigDict, run: Run, source: data.Source, *, step: int | None = None) -> Trained:

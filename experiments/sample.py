@@ -9,7 +9,9 @@ protocol "song2021" <solver> is song2021_<predictor>_<corrector>; it and the ada
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import sys
 
 import jax
@@ -21,18 +23,21 @@ from tqdm import tqdm
 
 from experiments import build, cli, model, pictures, search_grid, song2021
 from experiments.artefacts import Run
-from jdiff import data, solvers
+from experiments.processes import primary, wait_for_all
+from jdiff import data, parallel, solvers
 from jdiff import sample as draw_samples
 from jdiff.processes import prior_sample
 
 _STRIP_SAMPLES, _STRIP_TIMES = 8, 10
+_SHOWN = 400
 
 
 def sample(config: ConfigDict, run: Run) -> np.ndarray:
     """Draw config.sampling.number images as integer levels, (number, H, W, C), and write them into the run folder.
 
     Image i depends on (parameters, seed, i) alone, not on the number or the batch size, but with protocol "song2021",
-    whose norms are those of a batch.
+    whose norms are those of a batch. Several batches are spread over the processes and kept, one file each, until all
+    are done: what was killed goes on, on another number of processes too.
 
     Raises:
       FileNotFoundError: nothing has been trained here.
@@ -44,41 +49,95 @@ def sample(config: ConfigDict, run: Run) -> np.ndarray:
     trained = model.load(config, run, source)
     described = trained.model
     labels = _labels(config, described)
-    size = min(c.batch_size, c.number)
+    mesh = parallel.data_mesh(jax.local_devices())
+    size = -(-min(c.batch_size, c.number) // mesh.size) * mesh.size
     name = solver_name(config)
+    placed, spread, ts = trained, lambda keys: keys, None
+    if mesh.size > 1 and config.protocol == "jdiff":
+        placed = trained._replace(
+            params=parallel.replicate(trained.params, mesh), statistics=parallel.replicate(trained.statistics, mesh)
+        )
+        spread = lambda keys: parallel.shard_batch(keys, mesh)
     if config.protocol == "song2021":
         draw = _song2021(config, described)
     elif c.solver in build.ADAPTIVE:
         draw = _adaptive(config, described)
     else:
-        searched = c.grid == build.SEARCHED
-        draw = _draw(config, described, search_grid.read(config, run, trained.step) if searched else build.grid(config))
+        ts = search_grid.read(config, run, trained.step) if c.grid == build.SEARCHED else build.grid(config)
+        draw = _draw(config, described, ts)
 
     key = jax.random.key(c.seed)
-    images, strip = [], None
-    for first in tqdm(range(0, c.number, size), desc=f"sample {name}", unit="batch", disable=not sys.stderr.isatty()):
-        index = jnp.arange(first, first + size)
+    label = f"_class{c.label}" if c.label.isdecimal() else ""
+    firsts = range(0, c.number, size)
+    several = len(firsts) > 1 or jax.process_count() > 1
+    parts = _Parts(run, f"samples_{name}{label}", config, trained, ts) if several else None
+    mine = [n for n in range(jax.process_index(), len(firsts), jax.process_count()) if not (parts and parts.has(n))]
+    done = {}
+    quiet = not (sys.stderr.isatty() and primary())
+    for n in tqdm(mine, desc=f"sample {name}", unit="batch", disable=quiet):
+        index = jnp.arange(firsts[n], firsts[n] + size)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
-        x, path, times = draw(trained.params, trained.statistics, keys, None if labels is None else labels(index))
+        x, path, times = draw(placed.params, placed.statistics, spread(keys), None if labels is None else labels(index))
         if config.protocol == "song2021":
             if not bool(jnp.isfinite(x).all()):
                 raise FloatingPointError(f"{name} gave samples that are not finite; use more sampling.steps")
-            images.append(song2021.levels(x, described.transform))
-            continue
-        images.append(np.asarray(described.transform.inverse(x)))
-        if strip is None and path is not None:
-            strip = _strip(config, described, path, times, x)
-    images = np.concatenate(images)[: c.number]
-    label = f"_class{c.label}" if c.label.isdecimal() else ""
+            images = song2021.levels(x, described.transform)
+        else:
+            images = np.asarray(described.transform.inverse(x))
+            if n == 0 and path is not None:
+                strip = _strip(config, described, path, times, x)
+                file = run / f"trajectory_{name}{label}.png"
+                pictures.grid(file, strip, described.transform.levels, columns=_STRIP_TIMES + 1)
+        if parts:
+            parts.write(n, images)
+        else:
+            done[n] = images
+    wait_for_all("the last samples")
+    images = np.concatenate([parts.read(n) if parts else done[n] for n in range(len(firsts))])[: c.number]
+    wait_for_all("all samples read")
+    if not primary():
+        return images
     levels = described.transform.levels
     columns = described.classes if c.label == "cycle" else None
-    pictures.grid(run / f"samples_{name}{label}.png", images, levels, columns=columns)
-    if strip is not None:
-        pictures.grid(run / f"trajectory_{name}{label}.png", strip, levels, columns=_STRIP_TIMES + 1)
+    pictures.grid(run / f"samples_{name}{label}.png", images[:_SHOWN], levels, columns=columns)
     packed = io.BytesIO()
     np.savez_compressed(packed, images=images, levels=levels, seed=c.seed, step=trained.step)
     run.write(f"samples_{name}{label}.npz", packed.getvalue())
+    if parts:
+        parts.remove()
     return images
+
+
+class _Parts:
+    """Finished batches, one file each, until all are there: a run that was killed goes on with those missing.
+
+    The folder's name has a digest of all that the images depend on, so that batches of other settings are never mixed.
+    """
+
+    def __init__(self, run, name, config, trained, ts):
+        settings = {k: v for k, v in config.sampling.to_dict().items() if k != "number"}
+        depends = [config.protocol, settings, model.digest(trained), None if ts is None else np.asarray(ts).tolist()]
+        digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:8]
+        self._folder = run / f"{name}-{digest}.parts"
+        self._run = run
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def _name(self, n):
+        return f"{self._folder.name}/{n:06d}.npy"
+
+    def has(self, n):
+        return (self._run / self._name(n)).exists()
+
+    def write(self, n, images):
+        packed = io.BytesIO()
+        np.save(packed, images, allow_pickle=False)
+        self._run.write(self._name(n), packed.getvalue())
+
+    def read(self, n):
+        return np.load(io.BytesIO((self._run / self._name(n)).read_bytes()), allow_pickle=False)
+
+    def remove(self):
+        self._folder.rmtree(missing_ok=True)
 
 
 def solver_name(config: ConfigDict) -> str:
@@ -260,6 +319,8 @@ def main() -> None:
         build.check(config)
         images = sample(config, folder)
         name = solver_name(config)
+        if not primary():
+            return
         print(f"{len(images)} samples by {name}: {folder / ('samples_' + name)}.png")
 
     cli.main(run, evaluation=True)

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -26,6 +25,7 @@ from experiments import build, cli, model, pictures, plan
 from experiments.artefacts import Metrics, Run, read_jsonl
 from experiments.compilation import compiler_options
 from experiments.lock import Lock
+from experiments.processes import primary, wait_for_all
 from experiments.stopping import Stop
 from jdiff import checkpoint, data, parallel, training
 
@@ -57,12 +57,12 @@ def train(config: ConfigDict, run: Run, *, strict: bool = False) -> int:
     mesh = parallel.data_mesh(fsdp=c.sharding.fsdp)
     _check_batch(config, mesh, source)
     with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
+        if primary():
             run.open(config)
             lock = stack.enter_context(Lock(run))
         else:
             lock = None
-        _wait_for_all("the run folder")
+        wait_for_all("the run folder")
         manager = stack.enter_context(
             checkpoint.open_manager(str(run / "checkpoints"), keep=c.keep, every=c.checkpoint_every)
         )
@@ -102,15 +102,15 @@ def _train(config, run, manager, lock, mesh, described, source, validation, stri
         batches.set_state(items["data"])
     start = int(state.step)
     if start >= c.steps:
-        print(f"{run.path}: complete, {start} steps of {c.steps} are done")
+        if primary():
+            print(f"{run.path}: complete, {start} steps of {c.steps} are done")
         return 0
     statistics = jax.tree.map(np.asarray, statistics)
 
     loss = build.loss(config, described.module, statistics, described.transform)
     step_fn = _step_fn(config, loss, tx, mesh, places, steps=c.steps_per_call > 1)
     validate = _validation(config, described, statistics, validation, validation_key, mesh)
-    primary = jax.process_index() == 0
-    metrics = Metrics(run, start) if primary else None
+    metrics = Metrics(run, start) if primary() else None
 
     def save(step, state, *, force=False):
         if lock is not None:
@@ -127,7 +127,7 @@ def _train(config, run, manager, lock, mesh, described, source, validation, stri
 
     pending: list[tuple[int, dict]] = []
     clock, seen, step = time.perf_counter(), start, start
-    closing = contextlib.closing(metrics) if primary else contextlib.nullcontext()
+    closing = contextlib.closing(metrics) if metrics else contextlib.nullcontext()
     with Stop() as stop, closing, _progress(start, c.steps) as bar:
         while step < c.steps:
             first, step = step, min(step + c.steps_per_call, _next_pause(config, step))
@@ -156,7 +156,7 @@ def _train(config, run, manager, lock, mesh, described, source, validation, stri
                 if validating:
                     line["validation_loss"] = validate(state.ema)
                     clock = time.perf_counter()
-                if primary:
+                if metrics:
                     metrics.write(step, line)
                 bar.update(step - bar.n)
                 bar.set_postfix_str(f"loss {line['loss']:.4g}, {line['images_per_second']:.0f} images/s")
@@ -167,7 +167,7 @@ def _train(config, run, manager, lock, mesh, described, source, validation, stri
                 bar.write(f"interrupted: step {step} is saved in {run.path}; the same command resumes")
                 return stop.exit_code
     manager.wait_until_finished()
-    if primary:
+    if primary():
         pictures.loss_curve(run / "loss.png", read_jsonl(run / "metrics.jsonl"))
     return 0
 
@@ -234,11 +234,6 @@ def _next_pause(config, step):
     return min(c.steps, *((step // n + 1) * n for n in (c.log_every, c.checkpoint_every, c.validate_every)))
 
 
-def _wait_for_all(what):
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
-
-
 def _state_shapes(config, described, tx):
     return jax.eval_shape(lambda params: training.init_state(params, tx), model.shapes(config, described))
 
@@ -290,9 +285,7 @@ def _validation(config, described, statistics, source, key, mesh):
 
 def _progress(start, steps):
     interval = 0.5 if sys.stderr.isatty() else 15
-    return tqdm(
-        total=steps, initial=start, desc="train", unit="step", mininterval=interval, disable=jax.process_index() > 0
-    )
+    return tqdm(total=steps, initial=start, desc="train", unit="step", mininterval=interval, disable=not primary())
 
 
 def main() -> None:

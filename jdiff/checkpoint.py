@@ -396,12 +396,19 @@ def _describe(leaves):
 def _digests(leaves):
     """{path: 16 hex digits}, computed where the arrays are: nothing but 8 bytes an array comes to the host."""
     # A call an array, not one program for all: a network has hundreds of arrays and a few dozen shapes to compile for.
-    sums = jax.device_get([_checksum(leaf) for leaf in leaves.values()])
+    # CPU collectives of several programs in the queue were seen to wait for each other for ever.
+    one_by_one = jax.process_count() > 1 and jax.default_backend() == "cpu"
+    sums = jax.device_get([_checksum(leaf, wait=one_by_one) for leaf in leaves.values()])
     return {path: f"{high:08x}{low:08x}" for path, (high, low) in zip(leaves, sums, strict=True)}
 
 
+def _checksum(array, *, wait):
+    sums = _sums(array)
+    return jax.block_until_ready(sums) if wait else sums
+
+
 @jax.jit
-def _checksum(array):
+def _sums(array):
     """Two sums modulo 2^32 over the array's 32-bit words: of hashes of (position, word), plain and with odd weights.
 
     Both are bijections of each word, so that a change within one word never escapes; others escape with probability

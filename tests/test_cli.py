@@ -64,7 +64,7 @@ def test_values_of_the_right_type_are_set(config):
     "text, message",
     [
         ("trainign.steps=3", r"'trainign'.*did you mean training\?"),
-        ("training.stpes=3", r"'training.stpes'.*did you mean steps\?.*There are batch_size, checkpoint_every"),
+        ("training.stpes=3", r"'training.stpes'.*did you mean steps.*There are accumulate, batch_size"),
         ("training.steps.more=3", r"'training.steps.more'.*none below it"),
         ("steps=3", r"unknown configuration field 'steps'.*There are data, likelihood"),
         ("process.options.a.b=3", r"'process.options.a'"),

@@ -300,6 +300,28 @@ def test_an_image_depends_on_its_number_alone(done):
         assert (done / name).read_bytes()[:4] == b"\x89PNG"
 
 
+def test_sampling_that_was_killed_goes_on_with_the_missing_batches(done, tmp_path, monkeypatch):
+    whole = sample.sample(_config(sampling__number=20, sampling__batch_size=8), done)
+    assert not list(done.path.glob("*.parts"))
+    drawn, write = [], sample._Parts.write
+
+    def writing(self, n, images):
+        drawn.append(n)
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        write(self, n, images)
+
+    monkeypatch.setattr(sample._Parts, "write", writing)
+    with pytest.raises(KeyboardInterrupt):
+        sample.sample(_config(sampling__number=20, sampling__batch_size=8), done)
+    np.testing.assert_array_equal(sample.sample(_config(sampling__number=20, sampling__batch_size=8), done), whole)
+    assert drawn == [0, 1, 1, 2]
+    # Of another seed nothing is taken over.
+    other = sample.sample(_config(sampling__number=20, sampling__batch_size=8, sampling__seed=1), done)
+    assert drawn == [0, 1, 1, 2, 0, 1, 2] and (other != whole).any()
+    assert not list(done.path.glob("*.parts"))
+
+
 def test_every_solver_is_offered(done, capsys):
     """Each name draws images from the trained model, which is hardly trained: that they are images is all there is."""
     seen = {}

@@ -351,7 +351,8 @@ def test_the_examples_of_the_guide_run(capsys):
     blocks = [block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "sys.argv" not in block]
     for block in blocks:
         exec(compile(block, "docs/parallel.md", "exec"), {})
-    trained, restored = capsys.readouterr().out.splitlines()
+    trained, sharded, restored = capsys.readouterr().out.splitlines()
+    assert sharded == "256"
     assert re.fullmatch(r"20 \d\.\d+ True", trained)
     assert restored == "100 {'next_index': 100} (3, 3)"
 

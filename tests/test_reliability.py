@@ -43,7 +43,7 @@ def place(tmp_path_factory):
 
 
 def start(place, run, *more, devices=1, program=None, **settings):
-    """A training process, as from the command line."""
+    """A process of a script, as from the command line; of training where no other program is named."""
     options = [f"--set={name}={json.dumps(value)}" for name, value in (SETTINGS | settings).items()]
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -415,20 +415,40 @@ def finish_all(processes, timeout=240):
 def test_several_processes_are_one_run(place, undisturbed, tmp_path, count, fsdp):
     """Two and four processes of two devices train what one trains; one is told to stop, all do, at one step."""
     run = Run(str(tmp_path / "run"))
-    sharding = {"fsdp": fsdp, "min_size": 1, "options": {}}
-    processes = several(place, run.path, count, **{"training.sharding": sharding})
+    sharding = {"training.sharding.fsdp": fsdp, "training.sharding.min_size": 1}
+    processes = several(place, run.path, count, **sharding)
     wait_for_step(processes[0], run, 12)
     processes[-1].send_signal(signal.SIGTERM)
     results = finish_all(processes)
     assert [code for code, _ in results] == [143] * count, results
     steps = {step for _, out in results for step in re.findall(r"step (\d+) is saved", out)}
     assert len(steps) == 1, steps
-    results = finish_all(several(place, run.path, count, **{"training.sharding": sharding}))
+    results = finish_all(several(place, run.path, count, **sharding))
     assert [code for code, _ in results] == [0] * count, results
     ours, expected = ({line["step"]: line for line in lines_of(r)} for r in (run, undisturbed))
     for step in (30, 60):
         for name in ("loss", "validation_loss", "grad_norm"):
             assert ours[step][name] == pytest.approx(expected[step][name], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_sample_and_evaluate_what_one_does(place, undisturbed, tmp_path):
+    """Samples and bits/dim of two processes of two devices are those of one process."""
+    found = {}
+    settings = {"sampling.number": 40, "sampling.batch_size": 8, "likelihood.images": 32, "likelihood.batch_size": 8}
+    for count in (1, 2):
+        run = Run(str(tmp_path / f"{count}"))
+        shutil.copytree(undisturbed.path, run.path)
+        for script in ("sample", "likelihood"):
+            program = ["-m", f"experiments.{script}", "--workdir", str(run.path)]
+            results = finish_all(several(place, run.path, count, program=program, **settings))
+            assert [code for code, _ in results] == [0] * count, results
+            assert ["samples by" in out or "bits/dim" in out for _, out in results] == [True] + [False] * (count - 1)
+        with np.load(run / "samples_dpmpp_2m.npz", allow_pickle=False) as images:
+            found[count] = images["images"], read_json(run / "likelihood_test.json")["bits_per_dim"]
+    assert np.abs(found[1][0].astype(int) - found[2][0]).max() <= 1
+    assert (found[1][0] != found[2][0]).mean() < 0.01
+    assert found[2][1] == pytest.approx(found[1][1], abs=1e-5)
 
 
 @pytest.mark.slow
