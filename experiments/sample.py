@@ -52,12 +52,12 @@ def sample(config: ConfigDict, run: Run) -> np.ndarray:
     mesh = parallel.data_mesh(jax.local_devices())
     size = -(-min(c.batch_size, c.number) // mesh.size) * mesh.size
     name = solver_name(config)
-    placed, spread, ts = trained, lambda keys: keys, None
+    placed, spread, ts = trained, jnp.asarray, None
     if mesh.size > 1 and config.protocol == "jdiff":
         placed = trained._replace(
             params=parallel.replicate(trained.params, mesh), statistics=parallel.replicate(trained.statistics, mesh)
         )
-        spread = lambda keys: parallel.shard_batch(keys, mesh)
+        spread = lambda index: parallel.shard_batch(index, mesh)
     if config.protocol == "song2021":
         draw = _song2021(config, described)
     elif c.solver in build.ADAPTIVE:
@@ -75,9 +75,9 @@ def sample(config: ConfigDict, run: Run) -> np.ndarray:
     done = {}
     quiet = not (sys.stderr.isatty() and primary())
     for n in tqdm(mine, desc=f"sample {name}", unit="batch", disable=quiet):
-        index = jnp.arange(firsts[n], firsts[n] + size)
+        index = spread(np.arange(firsts[n], firsts[n] + size, dtype=np.int32))
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
-        x, path, times = draw(placed.params, placed.statistics, spread(keys), None if labels is None else labels(index))
+        x, path, times = draw(placed.params, placed.statistics, keys, None if labels is None else labels(index))
         if config.protocol == "song2021":
             if not bool(jnp.isfinite(x).all()):
                 raise FloatingPointError(f"{name} gave samples that are not finite; use more sampling.steps")
