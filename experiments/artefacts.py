@@ -148,6 +148,9 @@ class Metrics:
             self._waiting = []
         except OSError as error:
             print(f"metrics.jsonl: step {step} could not be written and waits: {error}", file=sys.stderr)
+        writer = getattr(self._board.file_writer, "event_writer", None)
+        if not getattr(getattr(writer, "_worker", None), "is_alive", lambda: True)():
+            return  # an error has ended its thread, and its queue would fill up and block
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 

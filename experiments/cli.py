@@ -8,6 +8,7 @@ import json
 import logging as standard_logging
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Callable
 
@@ -18,7 +19,9 @@ from ml_collections import ConfigDict
 from configs.common import defaults
 from experiments import build
 from experiments.artefacts import Run
+from experiments.lock import LockedError
 from jdiff import parallel
+from jdiff.checkpoint import DamagedCheckpointError
 
 FREE = "options"
 
@@ -56,6 +59,9 @@ def main(run: Callable[[ConfigDict, Run], int | None], *, evaluation: bool = Fal
             parallel.start_processes(
                 values.coordinator, values.processes, values.process, detect=values.detect, heartbeat=values.heartbeat
             )
+            if evaluation and jax.process_count() > 1:
+                # JAX took it as a notice of pre-emption, which evaluations need not wait for: what is done is kept.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
             folder = Run(values.workdir)
             if values.config is not None:
                 config = load(values.config, values.mode)
@@ -71,6 +77,9 @@ def main(run: Callable[[ConfigDict, Run], int | None], *, evaluation: bool = Fal
         except (ValueError, TypeError, OSError, ImportError) as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             return 2
+        except (FloatingPointError, DamagedCheckpointError, LockedError) as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            return 3
 
     # `--dry-run` reads better than `--dry_run`; absl knows names with underscores only.
     app.run(start, argv=["--dry_run" if a == "--dry-run" else a for a in sys.argv])

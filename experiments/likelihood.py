@@ -81,6 +81,10 @@ def likelihood(
         none, records that are damaged; merge without all records; error with shards; a target that is not reached.
     """
     c = config.likelihood
+    if shard is not None and jax.process_count() > 1:
+        raise ValueError(
+            "--shard is for processes that do not know each other; these are joined and share by themselves"
+        )
     shard = shard or (jax.process_index(), jax.process_count())
     if error is not None and shard[1] > 1:
         raise ValueError("--error needs one process: choose the tolerance first, with --set likelihood.images=128, say")

@@ -8,7 +8,14 @@ import threading
 import time
 import uuid
 
+from etils import epath
+
 from experiments.artefacts import Run, read_json
+
+
+class LockedError(RuntimeError):
+    """Another process writes into the folder."""
+
 
 NAME = "lock.json"
 RENEWED_EVERY = 15.0
@@ -36,7 +43,7 @@ class Lock:
         """Own the folder.
 
         Raises:
-          RuntimeError: another process does; the message names it.
+          LockedError: another process does; the message names it.
         """
         if owner := self._other():
             raise _taken(self._run, owner)
@@ -57,7 +64,7 @@ class Lock:
             pass  # a folder that is gone or read-only needs no release
 
     def check(self) -> None:
-        """Raise RuntimeError where another process has taken the folder over: this one was silent for too long."""
+        """Raise LockedError where another process has taken the folder over: this one was silent for too long."""
         if owner := self._other():
             raise _taken(self._run, owner)
 
@@ -65,18 +72,23 @@ class Lock:
         """Return what the file says of a living owner other than this object, or None."""
         try:
             owner = read_json(self._run / NAME)
-        except (FileNotFoundError, ValueError):
+        except Exception:  # none, half a file, or a bucket's hiccup, whose errors are of many kinds
             return None
         if not isinstance(owner, dict) or owner.get("identity") == self._identity:
             return None
         # This very process number was another process's before: a container that was started again.
-        dead = owner.get("host") == socket.gethostname() and not _alive(owner.get("process"))
+        dead = owner.get("machine") == _machine() and not _alive(owner.get("process"))
         renewed = owner.get("renewed")
         stale = not isinstance(renewed, int | float) or time.time() - renewed > _STALE
         return None if dead or stale else owner
 
     def _write(self):
-        owner = {"host": socket.gethostname(), "process": os.getpid(), "identity": self._identity}
+        owner = {
+            "host": socket.gethostname(),
+            "machine": _machine(),
+            "process": os.getpid(),
+            "identity": self._identity,
+        }
         self._run.write_json(NAME, owner | {"renewed": time.time()})
 
     def _renew(self):
@@ -84,8 +96,17 @@ class Lock:
             try:
                 if not self._other():
                     self._write()
-            except OSError:
-                pass  # a full disk: the run itself reports it
+            except Exception:
+                pass  # a full disk: the run itself reports it; what is tried again later is better than no thread
+
+
+def _machine():
+    """Where numbers of processes mean something: this boot, this namespace (containers may share a host's name)."""
+    try:
+        boot = epath.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
 
 
 def _alive(process):
@@ -102,7 +123,7 @@ def _alive(process):
 
 def _taken(run, owner):
     age = time.time() - owner["renewed"]
-    return RuntimeError(
+    return LockedError(
         f"{run.path} is being written by process {owner.get('process')} on {owner.get('host')}, which was there "
         f"{age:.0f} s ago. Stop it, or use another --workdir; if it is gone, wait {_STALE:.0f} s or delete {run / NAME}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import pathlib
 from collections.abc import Callable
@@ -25,12 +26,21 @@ def _tiles(images: np.ndarray, levels: int, columns: int, scale: int) -> np.ndar
     return sheet.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
+def _save(figure, file):
+    packed = io.BytesIO()  # a bucket's file has no name that matplotlib could open
+    figure.savefig(packed, dpi=120)
+    plt.close(figure)
+    file.write_bytes(packed.getvalue())
+
+
 def grid(file: pathlib.Path, images: np.ndarray, levels: int, *, columns: int | None = None) -> None:
     """Write integer images (N, H, W, C), C = 1 or 3, as one sheet."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     scale = max(1, 56 // images.shape[2])
     sheet = _tiles(images, levels, columns, scale)
-    plt.imsave(file, sheet.repeat(3, axis=2) if sheet.shape[2] == 1 else sheet)
+    packed = io.BytesIO()
+    plt.imsave(packed, sheet.repeat(3, axis=2) if sheet.shape[2] == 1 else sheet)
+    file.write_bytes(packed.getvalue())
 
 
 def loss_curve(file: pathlib.Path, lines: list[dict]) -> None:
@@ -46,8 +56,7 @@ def loss_curve(file: pathlib.Path, lines: list[dict]) -> None:
         axes.set_yscale("log")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    _save(figure, file)
 
 
 def bits_histogram(file: pathlib.Path, bits: np.ndarray, yardsticks: dict[str, float]) -> None:
@@ -59,8 +68,7 @@ def bits_histogram(file: pathlib.Path, bits: np.ndarray, yardsticks: dict[str, f
         axes.axvline(value, color=f"C{i + 1}", linestyle="--", linewidth=1, label=f"{name} {value:.3f}")
     axes.set(xlabel="bits/dim", ylabel="images", title="Test images")
     axes.legend(fontsize=8)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    _save(figure, file)
 
 
 def extremes(
@@ -92,5 +100,4 @@ def extremes(
         a.set_title(f"{bits[which]:.3f}\n{numbers[which]}", fontsize=8)
         a.axis("off")
     figure.suptitle(f"Fewest and most bits/dim of {len(bits)} images", fontsize=9)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    _save(figure, file)

@@ -11,7 +11,20 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
+_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "f16": 2,
+    "bf16": 2,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+    "c64": 8,
+    "c128": 16,
+}
 _COLLECTIVES = (
     "all-reduce",
     "all-gather",
@@ -20,10 +33,10 @@ _COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-# A collective may be split into a start and a done: the start's result also holds its operands.
+# A collective may be split into a start and a done. The results of some starts also hold their operands.
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(_COLLECTIVES)})(-start)?\(")
-_ALONE = re.compile(r"replica_groups=\{\{\d+\}(,\{\d+\})*\}")
-_SHAPE = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
+_ALONE = re.compile(r"replica_groups=(\{\{\d+\}(,\{\d+\})*\}|\[\d+,1\])")
+_SHAPE = re.compile(r"\b([a-z]+\d\w*|pred)\[([\d,]*)\]")
 
 
 def collectives(text: str) -> dict[str, int]:
@@ -37,10 +50,12 @@ def collectives(text: str) -> dict[str, int]:
         if match is None or _ALONE.search(line):
             continue
         shapes = [
-            _BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
+            (1 if dtype.startswith("f8") else _BYTES.get(dtype, 4)) * math.prod(int(n) for n in dims.split(",") if n)
             for dtype, dims in _SHAPE.findall(match[1])
         ]
-        size = sum(shapes[len(shapes) // 2 :]) if match[3] and match[1].startswith("(") else sum(shapes)
+        if match[3] and match[2] in ("all-gather", "collective-permute"):
+            shapes = shapes[len(shapes) // 2 :] if match[2] == "all-gather" else shapes[1:2]
+        size = sum(shapes)
         found[match[2]] = found.get(match[2], 0) + size
     return found
 
@@ -68,7 +83,7 @@ def plan(step: Any, plain_step: Any, state: Any, batch: dict, mesh: Any, shardin
     """Compile a training step for shapes and return what it needs.
 
     Args:
-      step: jitted (state, key, batch) -> (state, metrics), as training will call it.
+      step: jitted (state, key, batch) -> (state, metrics), of one step a call.
       plain_step: the same unmapped, to count arithmetic where no loop hides any.
       state: the state as shapes.
       batch: the global batch as shapes.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 
@@ -15,3 +18,23 @@ def wait_for_all(what: str) -> None:
     """Block until all processes are here; what: the same words in each."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
+
+
+@contextlib.contextmanager
+def together(what: str):
+    """A context that all processes leave together: where it fails in one, it fails in all.
+
+    Raises:
+      ChildProcessError: in the others; it says which process to look at.
+    """
+    fault = None
+    try:
+        yield
+    except Exception as error:
+        fault = error
+    if jax.process_count() > 1:
+        failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(fault is not None)))
+        if failed.size and fault is None:
+            raise ChildProcessError(f"{what}: failed in process {', '.join(map(str, failed))}, which says why")
+    if fault is not None:
+        raise fault

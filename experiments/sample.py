@@ -37,7 +37,7 @@ def sample(config: ConfigDict, run: Run) -> np.ndarray:
 
     Image i depends on (parameters, seed, i) alone, not on the number or the batch size, but with protocol "song2021",
     whose norms are those of a batch. Several batches are spread over the processes and kept, one file each, until all
-    are done: what was killed goes on, on another number of processes too.
+    are done: what was killed goes on, on another number of processes of as many devices too.
 
     Raises:
       FileNotFoundError: nothing has been trained here.
@@ -70,7 +70,7 @@ def sample(config: ConfigDict, run: Run) -> np.ndarray:
     label = f"_class{c.label}" if c.label.isdecimal() else ""
     firsts = range(0, c.number, size)
     several = len(firsts) > 1 or jax.process_count() > 1
-    parts = _Parts(run, f"samples_{name}{label}", config, trained, ts) if several else None
+    parts = _Parts(run, f"samples_{name}{label}", config, trained, ts, size) if several else None
     mine = [n for n in range(jax.process_index(), len(firsts), jax.process_count()) if not (parts and parts.has(n))]
     done = {}
     quiet = not (sys.stderr.isatty() and primary())
@@ -114,9 +114,10 @@ class _Parts:
     The folder's name has a digest of all that the images depend on, so that batches of other settings are never mixed.
     """
 
-    def __init__(self, run, name, config, trained, ts):
+    def __init__(self, run, name, config, trained, ts, size):
         settings = {k: v for k, v in config.sampling.to_dict().items() if k != "number"}
-        depends = [config.protocol, settings, model.digest(trained), None if ts is None else np.asarray(ts).tolist()]
+        grid = None if ts is None else np.asarray(ts).tolist()
+        depends = [config.protocol, settings, size, model.digest(trained), grid]
         digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:8]
         self._folder = run / f"{name}-{digest}.parts"
         self._run = run

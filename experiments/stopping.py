@@ -23,6 +23,7 @@ class Stop:
         self._signal: int | None = None
         self._before: dict[int, object] = {}
         self._joined = jax.distributed.is_initialized()
+        self._asked = 0
 
     def __enter__(self) -> Stop:
         # SIGTERM is JAX's own where processes are joined: it takes it as the notice.
@@ -37,11 +38,14 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def at(self, step: int) -> bool:
-        """Return whether to stop after this step; every process asks after every step."""
+    def now(self) -> bool:
+        """Return whether to stop here; every process asks after every step, or every call of several."""
         if not self._joined:
             return self._signal is not None
-        return multihost_utils.reached_preemption_sync_point(step)
+        # JAX names one more than the largest number that a process has asked with, and waits for exactly that one: the
+        # numbers must be consecutive, and begin where a notice before the first is heard.
+        self._asked += 1
+        return multihost_utils.reached_preemption_sync_point(self._asked)
 
     @property
     def exit_code(self) -> int:

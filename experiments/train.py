@@ -25,7 +25,7 @@ from experiments import build, cli, model, pictures, plan
 from experiments.artefacts import Metrics, Run, read_jsonl
 from experiments.compilation import compiler_options
 from experiments.lock import Lock
-from experiments.processes import primary, wait_for_all
+from experiments.processes import primary, together
 from experiments.stopping import Stop
 from jdiff import checkpoint, data, parallel, training
 
@@ -46,7 +46,7 @@ def train(config: ConfigDict, run: Run, *, strict: bool = False) -> int:
     Raises:
       FloatingPointError: the loss or its gradient is not finite; the step is named, the last good checkpoint is kept.
       checkpoint.DamagedCheckpointError: strict, and the newest checkpoint is damaged; or all are.
-      RuntimeError: another process is training in this folder.
+      LockedError: another process is training in this folder.
       ValueError, OSError: a folder of another configuration, data that are not there, a last checkpoint that could not
         be written.
     """
@@ -57,12 +57,11 @@ def train(config: ConfigDict, run: Run, *, strict: bool = False) -> int:
     mesh = parallel.data_mesh(fsdp=c.sharding.fsdp)
     _check_batch(config, mesh, source)
     with contextlib.ExitStack() as stack:
-        if primary():
-            run.open(config)
-            lock = stack.enter_context(Lock(run))
-        else:
-            lock = None
-        wait_for_all("the run folder")
+        lock = Lock(run) if primary() else None
+        with together("the run folder"):
+            if lock is not None:
+                run.open(config)
+                stack.enter_context(lock)
         manager = stack.enter_context(
             checkpoint.open_manager(str(run / "checkpoints"), keep=c.keep, every=c.checkpoint_every)
         )
@@ -116,14 +115,17 @@ def _train(config, run, manager, lock, mesh, described, source, validation, stri
         if lock is not None:
             lock.check()
         items = {**state._asdict(), "statistics": statistics, "data": batches.get_state(), "meta": identity}
-        try:
+        if jax.process_count() > 1:  # the others would wait for one that tries again: a restart resumes
             checkpoint.save(manager, step, items, force=force)
-        except checkpoint.SaveError as error:
-            if jax.process_count() > 1:
-                raise  # the others would wait for this one: a restart resumes from the last good step
-            bar.write(f"{error}; tried again at the next save", file=sys.stderr)
-            if force:  # there is no next
-                checkpoint.save(manager, step, items, force=True)
+            return
+        for begin in (manager.wait_until_finished, lambda: checkpoint.save(manager, step, items, force=force)):
+            try:
+                begin()
+            except checkpoint.SaveError as error:
+                bar.write(f"{error}; tried again at the next save", file=sys.stderr)
+        if force:  # there is no next
+            manager.wait_until_finished()
+            checkpoint.save(manager, step, items, force=True)
 
     pending: list[tuple[int, dict]] = []
     clock, seen, step = time.perf_counter(), start, start
@@ -139,7 +141,7 @@ def _train(config, run, manager, lock, mesh, described, source, validation, stri
             if jax.process_count() > 1 and jax.default_backend() == "cpu":
                 jax.block_until_ready(state)  # hundreds of queued steps were seen to hang in CPU collectives
             pending.append((first + 1, values))
-            stopping = stop.at(step)
+            stopping = stop.now()
             done = step == c.steps or stopping
             saving = step % c.checkpoint_every == 0 or done
             validating = validate is not None and (step % c.validate_every == 0 or step == c.steps)
@@ -164,7 +166,8 @@ def _train(config, run, manager, lock, mesh, described, source, validation, stri
                 save(step, state, force=done)
             if stopping and step < c.steps:
                 manager.wait_until_finished()
-                bar.write(f"interrupted: step {step} is saved in {run.path}; the same command resumes")
+                if primary():
+                    bar.write(f"interrupted: step {step} is saved in {run.path}; the same command resumes")
                 return stop.exit_code
     manager.wait_until_finished()
     if primary():
@@ -203,7 +206,7 @@ def dry_run(config: ConfigDict, memory: float | None = None) -> int:
     print(f"devices    {mesh.size} {jax.devices()[0].platform} ({shape}), mapping {c.mapping}")
     print(plan.report(found, c.batch_size))
     plan.check_fits(found, plan.available_bytes() if memory is None else int(memory * 2**30))
-    print("dry run: nothing was allocated or written")
+    print("dry run: nothing was allocated, or written into the run folder")
     return 0
 
 
@@ -242,6 +245,11 @@ def _check_batch(config, mesh, source):
     size = config.training.batch_size
     if size % mesh.size:
         raise ValueError(f"training.batch_size = {size} does not divide over {mesh.size} devices")
+    if size % (mesh.size * (parts := config.training.accumulate)):
+        raise ValueError(
+            f"training.batch_size = {size} does not divide over {mesh.size} devices and {parts} parts "
+            "(training.accumulate)"
+        )
     if len(source) == 0:
         raise ValueError(f"{source.name}/{source.split} is empty")
 
@@ -296,13 +304,9 @@ def main() -> None:
 
     def run(config, folder):
         values = flags.FLAGS
-        try:
-            if values.dry_run:
-                return dry_run(config, values.memory_gib)
-            return train(config, folder, strict=values.resume == "strict")
-        except (FloatingPointError, checkpoint.DamagedCheckpointError, RuntimeError) as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            return 3
+        if values.dry_run:
+            return dry_run(config, values.memory_gib)
+        return train(config, folder, strict=values.resume == "strict")
 
     cli.main(run)
 

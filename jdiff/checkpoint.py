@@ -60,9 +60,15 @@ class Manager(ocp.CheckpointManager):
         """Begin to write a step; see `save`, which is the function to call."""
         try:
             self.save(step, args=args, force=True)
+        except SaveError:
+            raise
         except Exception as error:
             raise self._failed(step, error) from error
         self._writing = step
+
+    def reached_preemption(self, step: int) -> bool:
+        """Return False: when to stop is the caller's affair, and JAX's notice may be asked for by one of the two."""
+        return False
 
     def wait_until_finished(self) -> None:
         """Block until the last save is on disk.
@@ -77,16 +83,16 @@ class Manager(ocp.CheckpointManager):
 
     def _failed(self, step, error):
         """Forget a step that could not be written, and what was written of it."""
-        if isinstance(error, SaveError):
-            return error
         self.trusted.discard(step)
-        self._writing = None
         if jax.process_count() == 1:
             # Orbax raises the error of a background save at every later call: only a new manager writes again.
             for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 with contextlib.suppress(OSError):  # other threads of the save may still be at it
                     left.rmtree(missing_ok=True)
-            super().__init__(self.directory, options=self._given)
+            with contextlib.suppress(Exception):
+                self._checkpointer.close()
+            with contextlib.suppress(OSError):  # a folder that cannot be read now may be at the next save
+                super().__init__(self.directory, options=self._given)
         text = " ".join(str(error).split()) or type(error).__name__
         return SaveError(f"step {step} could not be written to {self.directory}: {text[:400]}")
 
@@ -125,9 +131,8 @@ def save(manager: Manager, step: int, items: Mapping[str, Any], *, force: bool =
     """Begin to save a step where it is due, and return while the files are being written.
 
     The arrays are copied out before this returns, so that the next step may donate their buffers. A step is due at
-    the multiples of the manager's `every`, at a notice of pre-emption (where `jax.distributed` is initialised) and
-    with `force`. In a run of several processes all of them call it, with the same arguments but for their parts of
-    the arrays.
+    the multiples of the manager's `every` and with `force`. In a run of several processes all of them call it, with
+    the same arguments but for their parts of the arrays.
 
     Args:
         manager: from `open_manager`.
@@ -152,8 +157,7 @@ def save(manager: Manager, step: int, items: Mapping[str, Any], *, force: bool =
     step = operator.index(step)
     if manager.read_only:
         raise ValueError(f"{manager.directory} was opened read_only")
-    preempted = manager.reached_preemption(step)
-    if not (force or preempted) and step % manager.every:
+    if not force and step % manager.every:
         return False
     held = manager.all_steps()
     if step in held and step in manager.trusted:
@@ -288,13 +292,13 @@ def _read(manager, step, item, args):
             raise FileNotFoundError("missing")
         value = manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
     except Exception as error:
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise
         fault = error
     if jax.process_count() > 1:
         failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(fault is not None)))
         if failed.size and fault is None:
             fault = OSError(f"unreadable in processes {failed.tolist()}")
+    if isinstance(fault, MemoryError) or "RESOURCE_EXHAUSTED" in str(fault):
+        raise fault  # too large for this machine, which is no damage
     if fault is not None:
         text = " ".join(str(fault).split()) or type(fault).__name__
         raise _damaged(manager, step, item, text[:600]) from fault

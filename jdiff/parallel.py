@@ -49,8 +49,9 @@ def state_sharding(
         state: tree of arrays or `jax.ShapeDtypeStruct`s, such as a `TrainState`.
         mesh: from `data_mesh`. Without an axis `"fsdp"` every leaf is everywhere.
         min_size: elements below which a leaf stays whole.
-        overrides: regular expressions, searched in a leaf's path (`"params/up_0/conv/kernel"`), to the axis along which
-            it is split or None for none; the first that is found wins.
+        overrides: regular expressions, searched in a leaf's path (`"up_0/conv/kernel"`), to the axis along which
+            it is split or None for none; the first that is found wins. Without `params/` they hold for average and
+            optimiser as well.
 
     Returns:
         A tree of `NamedSharding`s like `state`.
@@ -84,7 +85,7 @@ def state_sharding(
 
     placed = jax.tree_util.tree_map_with_path(place, state)
     if idle := [pattern.pattern for pattern in patterns if pattern not in used]:
-        raise ValueError(f"overrides {idle} are found in no path of the state")
+        raise ValueError(f"overrides {idle} are found in no path of the state, or only behind earlier ones")
     return placed
 
 
@@ -330,6 +331,7 @@ def start_processes(
         cluster_detection_method=None if detect else "deactivate",
         initialization_timeout=timeout,
         heartbeat_timeout_seconds=heartbeat,
+        shutdown_timeout_seconds=heartbeat,  # one that fails waits no longer for the others to end as well
     )
 
 

@@ -138,6 +138,31 @@ def test_interrupted_and_resumed_is_the_same_run(done, tmp_path, monkeypatch):
             assert ours[step] == expected[step]
 
 
+def test_how_the_work_is_spread_changes_nothing_but_the_order_of_sums(done, tmp_path, monkeypatch):
+    """Parts of a batch, several steps a call, rematerialisation, a sharded state; also resumed, and by other means."""
+    run = Run(tmp_path / "run")
+    spread = dict(
+        training__batch_size=16, training__accumulate=2, training__remat="dots", training__steps_per_call=4,
+        training__sharding__fsdp=2, training__sharding__min_size=1,
+    )  # fmt: skip
+    plain = Run(tmp_path / "plain")
+    assert train.train(_config(training__batch_size=16), plain) == 0
+    asked = iter([False, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Stop, "now", lambda self: next(asked))
+        patch.setattr(train.Stop, "exit_code", 130)
+        assert train.train(_config(**spread), run) == 130
+    assert _items(run)[0] == 4  # calls end where a line or a checkpoint is due: 2, 4, 5, 6, 8, 10
+    assert train.train(_config(**spread | {"training__mapping": "shard_map"}), run) == 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), _items(run)[1], _items(plain)[1])
+    ours, expected = read_jsonl(run / "metrics.jsonl"), read_jsonl(plain / "metrics.jsonl")
+    assert [line["step"] for line in ours] == [line["step"] for line in expected]
+    for line, other in zip(ours, expected, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    with pytest.raises(ValueError, match=r"batch_size = 16 does not divide over 8 devices and 4 parts"):
+        train.train(_config(training__batch_size=16, training__accumulate=4), run)
+
+
 def test_lines_after_the_checkpoint_are_dropped(tmp_path):
     run = Run(tmp_path / "run")
     run.open(_config())
@@ -215,12 +240,20 @@ def test_folders_and_data_that_are_not_there(tmp_path, done, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_dry_run_counts_and_writes_nothing(done, tmp_path, capsys, monkeypatch):
+def test_the_dry_run_counts_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert train.dry_run(_config()) == 0
-    count = sum(leaf.size for leaf in jax.tree.leaves(_items(done)[1][0]))
+    config = _config(network__options={"width": 256, "depth": 1})
+    assert train.dry_run(config) == 0
+    described = model.describe(config, data.load("digits", "train"))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.shapes(config, described)))
     out = capsys.readouterr().out
     assert f"{count:,} parameters" in out and "1,350 images (8, 8, 1), 17 levels" in out
+    # Every device holds a copy: 4 bytes a parameter, 4 for its average, 8 for Adam's moments.
+    mib = lambda line: float(re.search(rf"{line} +([\d.,]+) MiB a device", out)[1])
+    assert mib("parameters") == mib("average") == pytest.approx(4 * count / 2**20, abs=0.06)
+    assert mib("optimiser") == pytest.approx(8 * count / 2**20, abs=0.06)
+    with pytest.raises(ValueError, match=r"step needs .* MiB a device and there are 1.0 MiB; the largest: \w+"):
+        train.dry_run(config, memory=1 / 1024)
     assert not list(tmp_path.iterdir())
 
 
