@@ -54,10 +54,13 @@ class Manager(ocp.CheckpointManager):
         self.read_only: bool = options.read_only
         self.trusted: set[int] = set()
         self.damaged: set[int] = set()
-        self._given, self._writing = options, None
+        self._given, self._writing, self._left_over = options, None, False
 
     def write(self, step: int, args: ocp.args.Composite) -> None:
         """Begin to write a step; see `save`, which is the function to call."""
+        if self._left_over:
+            self.wait_until_finished()
+            self._clear()
         try:
             self.save(step, args=args, force=True)
         except SaveError:
@@ -86,15 +89,21 @@ class Manager(ocp.CheckpointManager):
         self.trusted.discard(step)
         if jax.process_count() == 1:
             # Orbax raises the error of a background save at every later call: only a new manager writes again.
-            for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                with contextlib.suppress(OSError):  # other threads of the save may still be at it
-                    left.rmtree(missing_ok=True)
             with contextlib.suppress(Exception):
                 self._checkpointer.close()
             with contextlib.suppress(OSError):  # a folder that cannot be read now may be at the next save
                 super().__init__(self.directory, options=self._given)
+            self._clear()
         text = " ".join(str(error).split()) or type(error).__name__
         return SaveError(f"step {step} could not be written to {self.directory}: {text[:400]}")
+
+    def _clear(self):
+        """Make room: remove what unfinished saves left; what their threads still write meanwhile, the next time."""
+        self._left_over = False
+        for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            with contextlib.suppress(OSError):
+                left.rmtree(missing_ok=True)
+            self._left_over = True  # looked at once more, however it went
 
 
 def open_manager(directory: str, *, keep: int = 3, every: int = 1, read_only: bool = False) -> Manager:

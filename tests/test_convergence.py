@@ -272,7 +272,15 @@ def flow_slope(problem, case, steps=None, *, exact_start):
     return slope(steps, errors), solver.order
 
 
-@pytest.mark.parametrize("process", PROCESSES)
+# All six by `make test-slow`; these three have the kinds of time and noise that there are.
+SOME = ("VP", "VE", "Rectified")
+
+
+def slow_but(some, names):
+    return [name if name in some else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("process", slow_but(SOME, PROCESSES))
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_order(name, target, process, x64, record_property):

@@ -101,7 +101,13 @@ def test_kl_is_that_of_the_discretised_path(x64):
 
 @pytest.mark.parametrize(
     ("process", "name"),
-    [("VP", "ddim"), ("VE", "dpmpp_2m"), ("EDM", "ddim"), ("Cosine", "dpmpp_2m"), ("Rectified", "heun")],
+    [
+        ("VP", "ddim"),
+        ("VE", "dpmpp_2m"),
+        pytest.param("EDM", "ddim", marks=pytest.mark.slow),
+        pytest.param("Cosine", "dpmpp_2m", marks=pytest.mark.slow),
+        pytest.param("Rectified", "heun", marks=pytest.mark.slow),
+    ],
 )
 def test_refined_grids_are_better_than_the_usual_ones(process, name, x64):
     """RMS error against a fine solve, 8 steps, on samples that the search did not see: less than on all usual grids."""
@@ -200,7 +206,7 @@ def test_bad_input_to_refine():
         grid_search.refine_grid(solvers.ddim(process, exact.denoise, 0.5), x, end, ts)
 
 
-@pytest.mark.parametrize("name", ["VP", "EDM", "Rectified"])
+@pytest.mark.parametrize("name", [pytest.param("VP", marks=pytest.mark.slow), "EDM", "Rectified"])
 def test_best_grids_serve_stochastic_sampling(name):
     """Energy distance of ancestral samples in 10 steps to the data: less than on all usual grids."""
     process = PROCESSES[name]

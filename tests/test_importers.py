@@ -131,6 +131,7 @@ def small_files(folder, row=ROW):
     return c, module, reference, folder / "checkpoint_26", folder / "checkpoint_26.safetensors"
 
 
+@pytest.mark.slow
 def test_what_was_imported_is_evaluated_sampled_and_exported(tmp_path, data_dir, monkeypatch, capsys):
     monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
     c, module, reference, file, other = small_files(tmp_path)

@@ -139,7 +139,9 @@ def test_killed_thirty_times_it_is_the_same_run(place, undisturbed, tmp_path):
     assert inside > 0
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_stops(place, undisturbed, tmp_path, number, code):
     run = Run(str(tmp_path / "run"))
     process = start(place, run.path)

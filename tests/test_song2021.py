@@ -155,7 +155,7 @@ def test_score_of_discrete_times():
         close(compiled("vp", 1000)(jnp.asarray(g["x"]), times(t)), g["score_continuous_False"][i], 1e-4)
 
 
-@pytest.mark.parametrize("name", ["vp", "ve"])
+@pytest.mark.parametrize("name", [pytest.param("vp", marks=pytest.mark.slow), "ve"])
 def test_divergence(name):
     g = golden(f"score_{name}")
     x = jnp.asarray(g["x"])
@@ -189,7 +189,7 @@ def test_losses(name):
             np.testing.assert_allclose(ours.mean(), g[f"loss_rm{mean}_lw{weighting}"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["vp", "ve"])
+@pytest.mark.parametrize("name", ["vp", pytest.param("ve", marks=pytest.mark.slow)])
 def test_step_of_the_optimiser(name):
     """Of the rows' own optimiser and average: the gradient, the change of the weights and of their average."""
     g = golden(f"loss_{name}")
@@ -331,7 +331,7 @@ def test_noise_drawn_from_keys_is_standard_and_fresh():
     np.testing.assert_allclose(np.cov(np.asarray(x).T), variance * np.eye(3), atol=0.1 * variance)
 
 
-@pytest.mark.parametrize("name", ["vp", "subvp"])
+@pytest.mark.parametrize("name", ["vp", pytest.param("subvp", marks=pytest.mark.slow)])
 def test_ode_sampler(name):
     g = golden(f"ode_sampler_{name}")
     weights = params(name, float(g["ode_damp"]))
