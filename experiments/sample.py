@@ -50,10 +50,11 @@ def sample(config: ConfigDict, run: Run) -> np.ndarray:
     described = trained.model
     labels = _labels(config, described)
     mesh = parallel.data_mesh(jax.local_devices())
-    size = -(-min(c.batch_size, c.number) // mesh.size) * mesh.size
+    size = min(c.batch_size, c.number)
     name = solver_name(config)
     placed, spread, ts = trained, jnp.asarray, None
     if mesh.size > 1 and config.protocol == "jdiff":
+        size = -(-size // mesh.size) * mesh.size
         placed = trained._replace(
             params=parallel.replicate(trained.params, mesh), statistics=parallel.replicate(trained.statistics, mesh)
         )

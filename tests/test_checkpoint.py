@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jdiff import checkpoint, parallel, training
+from jdiff import _digests, checkpoint, parallel, training
 
 KEY, WIDTH = jax.random.key(11), 2048  # arrays large enough to be files of their own
 META = {"config": {"rate": 1e-2, "widths": [4, 8]}, "versions": {"jax": "any"}}
@@ -261,23 +261,23 @@ def test_damage_is_named_and_passed_over(damage, steps, original):
 def test_every_flipped_bit_of_a_leaf_is_seen(original):
     """The bits of a restored array, not of a file: one flip anywhere changes the digest, and so does an exchange."""
     leaf = np.asarray(original[1][4].params["out"])
-    digest = checkpoint._digests({"": leaf})
+    digest = _digests.digests({"": leaf})
     digests = set(digest.values())
     words = leaf.view(np.uint32)
     for position in range(0, words.size, 500):
         for bit in range(0, 32, 3):
             changed = words.copy()
             changed.ravel()[position] ^= np.uint32(1 << bit)
-            digests.update(checkpoint._digests({"": changed.view(np.float32)}).values())
+            digests.update(_digests.digests({"": changed.view(np.float32)}).values())
     assert len(digests) == 1 + len(range(0, words.size, 500)) * len(range(0, 32, 3))
     exchanged = leaf[::-1].copy()
-    assert checkpoint._digests({"": exchanged}) != digest
-    assert checkpoint._digests({"": leaf.T.copy()}) != digest
-    assert checkpoint._digests({"": -np.zeros(3, np.float32)}) != checkpoint._digests({"": np.zeros(3, np.float32)})
+    assert _digests.digests({"": exchanged}) != digest
+    assert _digests.digests({"": leaf.T.copy()}) != digest
+    assert _digests.digests({"": -np.zeros(3, np.float32)}) != _digests.digests({"": np.zeros(3, np.float32)})
     for devices in (2, 4):  # whatever the sharding
         mesh = parallel.data_mesh(jax.devices()[:devices])
         for spec in (PartitionSpec("data"), PartitionSpec(None, "data"), PartitionSpec()):
-            assert checkpoint._digests({"": jax.device_put(leaf, NamedSharding(mesh, spec))}) == digest
+            assert _digests.digests({"": jax.device_put(leaf, NamedSharding(mesh, spec))}) == digest
 
 
 def test_a_run_goes_on_after_damage(steps, run, original):

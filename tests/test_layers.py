@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 # Room -> rooms of jdiff it may import. A room may always import itself.
-FLOOR = {"_pytree": set(), "_typing": set(), "_array": {"_typing"}}
+FLOOR = {"_digests": set(), "_pytree": set(), "_typing": set(), "_array": {"_typing"}}
 BELOW = {"_pytree", "_typing", "_array"}
 ROOMS = {
     **FLOOR,
@@ -28,7 +28,7 @@ ROOMS = {
     **dict.fromkeys(["analytic", "times", "transforms"], BELOW | {"processes"}),
     # These know no diffusion at all; the mappings run the one training step.
     "training": BELOW,
-    "checkpoint": BELOW,
+    "checkpoint": BELOW | {"_digests"},
     "parallel": BELOW | {"training"},
     **dict.fromkeys(["nn", "metrics", "data"], BELOW),
     "importers": BELOW | {"nn"},
