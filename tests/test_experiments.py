@@ -349,7 +349,12 @@ def test_sampling_that_was_killed_goes_on_with_the_missing_batches(done, tmp_pat
         sample.sample(_config(sampling__number=20, sampling__batch_size=8), done)
     np.testing.assert_array_equal(sample.sample(_config(sampling__number=20, sampling__batch_size=8), done), whole)
     assert drawn == [0, 1, 1, 2]
-    # Of another seed nothing is taken over.
+    # Of another seed, or of batches of another size on other devices, nothing is taken over.
+    trained = model.load(_config(), done, data.load("digits", "train"))
+    folders = {sample._Parts(done, "a", _config(), trained, None, size)._folder for size in (8, 12, 8)}
+    assert len(folders) == 2
+    for folder in folders:
+        folder.rmtree()
     other = sample.sample(_config(sampling__number=20, sampling__batch_size=8, sampling__seed=1), done)
     assert drawn == [0, 1, 1, 2, 0, 1, 2] and (other != whole).any()
     assert not list(done.path.glob("*.parts"))

@@ -183,7 +183,7 @@ def test_what_is_sharded():
         "odd": (),
         "scalar": (),
     }
-    assert spec(min_size=65)["equal"] == ()
+    assert spec(min_size=64)["equal"] == (None, "fsdp") and spec(min_size=65)["equal"] == ()
     overridden = spec(min_size=9, overrides={"big": 2, "params/e": None, "small$": 0})
     assert overridden["big"] == (None, None, "fsdp") and overridden["equal"] == () and overridden["small"] == ("fsdp",)
     whole = parallel.state_sharding(state, parallel.data_mesh(), min_size=1)

@@ -1,8 +1,12 @@
 """Collectives are read from programs as accelerators write them too."""
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import plan
+from jdiff import parallel
 
 LINES = {
     # Variadic, as gradients are combined; by kinds: results alone, operands and results, and two counters besides.
@@ -28,6 +32,14 @@ LINES = {
 @pytest.mark.parametrize(("line", "expected"), LINES.items())
 def test_collectives(line, expected):
     assert plan.collectives(line) == ({} if expected is None else dict([expected]))
+
+
+def test_bytes_are_those_of_one_device():
+    mesh = parallel.data_mesh(fsdp=4)
+    shapes = {"w": jax.ShapeDtypeStruct((8, 6), jnp.float32), "b": jax.ShapeDtypeStruct((6,), jnp.bfloat16)}
+    places = parallel.state_sharding(shapes, mesh, min_size=8)
+    assert plan.bytes_per_device(shapes, places) == 4 * 8 * 6 / 4 + 2 * 6
+    assert plan.bytes_per_device(shapes, NamedSharding(mesh, PartitionSpec())) == 4 * 8 * 6 + 2 * 6
 
 
 def test_a_plan_that_does_not_fit_names_its_largest_terms():
