@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.integrate
+import scipy.optimize
+import scipy.special
 import scipy.stats
 
 import jdiff
@@ -31,6 +34,10 @@ DRAWS = {
     "importance": times.importance,
     "log_normal": times.log_normal,
     "mixed": functools.partial(times.log_normal, uniform=0.3),
+    "logit_normal": functools.partial(times.logit_normal, mean=-0.3, std=0.8),
+    "mode": functools.partial(times.mode, scale=1.29),
+    "cosmap": times.cosmap,
+    "moved": times.shift_draws(times.cosmap, 3.0),
 }
 TOTAL = 4096
 
@@ -183,7 +190,7 @@ def test_a_uniform_share_bounds_the_weights():
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-@pytest.mark.parametrize("draw", ["stratified", "importance", "log_normal", "mixed"])
+@pytest.mark.parametrize("draw", [name for name in DRAWS if name not in ("uniform", "logit_normal")])
 def test_weighted_draws_estimate_the_uniform_mean(x64, name, draw):
     """In float64 with many strata, the average of weight f(t) is a quadrature of the mean of f over [t_min, t_max]."""
     process, low, high = PROCESSES[name], 0.02 * PROCESSES[name].t_max, 0.9 * PROCESSES[name].t_max
@@ -194,6 +201,65 @@ def test_weighted_draws_estimate_the_uniform_mean(x64, name, draw):
     middle = low + (high - low) * (np.arange(2**15) + 0.5) / 2**15
     np.testing.assert_allclose(np.mean(weight * f(t)), np.mean(f(middle)), rtol=2e-4)
     np.testing.assert_allclose(np.mean(weight), 1, rtol=2e-4)
+
+
+def test_a_weighted_logit_normal_estimates_the_uniform_mean(x64):
+    """With a standard deviation of 2 its weight, unbounded at the ends, is still integrable by a quadrature."""
+    index = jnp.arange(2**15)
+    t, weight = times.logit_normal(jax.random.key(6), jdiff.VP(), index, len(index), mean=0.5, std=2.0, t_min=0.2)
+    f = lambda t: 1 + t**2 + np.cos(9 * t)
+    middle = 0.2 + 0.8 * (np.arange(2**15) + 0.5) / 2**15
+    np.testing.assert_allclose(np.mean(weight * f(t)), np.mean(f(middle)), rtol=1e-3)
+    np.testing.assert_allclose(np.mean(weight), 1, rtol=1e-3)
+
+
+def _esser_cdf(name, u):
+    """The distribution of u under the densities of Esser et al. 2024 (arXiv 2403.03206), section 3.1, by SciPy."""
+    if name == "logit_normal":
+        return scipy.stats.norm(-0.3, 0.8).cdf(scipy.special.logit(u))
+    if name == "cosmap":  # the integral of eq. 22
+        return np.array([scipy.integrate.quad(lambda t: 2 / (np.pi * (1 - 2 * t + 2 * t**2)), 0, v)[0] for v in u])
+    if name == "moved":  # sigma/alpha is three times that of cosmap, whose sigma/alpha is tan(pi/2 uniform)
+        return 2 / np.pi * np.arctan(u / (1 - u) / 3)
+    mode = lambda w: 1 - w - 1.29 * (np.cos(np.pi * w / 2) ** 2 - 1 + w)
+    return np.array([1 - scipy.optimize.brentq(lambda w, v=v: mode(w) - v, 0, 1) for v in u])
+
+
+@pytest.mark.parametrize("name", ["logit_normal", "mode", "cosmap", "moved"])
+def test_densities_of_esser_2024(x64, name):
+    """One draw in each stratum of SciPy's distribution function: a sample of another density would leave some empty."""
+    process, total = jdiff.Rectified(), 512
+    t, weight = DRAWS[name](jax.random.key(5), process, jnp.arange(total), total, t_min=0.0)
+    order = np.argsort(np.asarray(t))
+    u, weight = np.asarray(t)[order], np.asarray(weight)[order]
+    cdf = _esser_cdf(name, u)
+    np.testing.assert_array_equal(np.floor(cdf * total), np.arange(total))
+    h = 1e-6  # the weight is one over the density, the derivative of the distribution function
+    density = (_esser_cdf(name, u[20:-20] + h) - _esser_cdf(name, u[20:-20] - h)) / (2 * h)
+    np.testing.assert_allclose(weight[20:-20] * density, np.ones(total - 40), rtol=1e-6)
+    assert scipy.stats.kstest(u, lambda v: _esser_cdf(name, v)).statistic < 1 / total
+
+
+def test_densities_have_their_direction_and_go_with_any_range():
+    """A negative mean prefers the data at small t; times are fractions of the range of the process."""
+    index = jnp.arange(TOTAL)
+    for process in (jdiff.Rectified(), jdiff.EDM()):
+        span = process.t_max
+        early, _ = times.logit_normal(jax.random.key(1), process, index, TOTAL, mean=-1.0)
+        late, _ = times.logit_normal(jax.random.key(1), process, index, TOTAL, mean=1.0)
+        np.testing.assert_allclose(np.median(early) / span, scipy.special.expit(-1), rtol=2e-3)
+        np.testing.assert_allclose(np.median(late) / span, scipy.special.expit(1), rtol=2e-3)
+    spread = {s: np.std(times.mode(jax.random.key(1), jdiff.Rectified(), index, TOTAL, scale=s)[0]) for s in (-1, 0, 1)}
+    assert spread[-1] > spread[0] * 1.1 and spread[1] < spread[0] / 1.1
+    flat, weight = times.mode(jax.random.key(1), jdiff.Rectified(), index, TOTAL, scale=0.0)
+    np.testing.assert_allclose(np.sort(flat), (np.arange(TOTAL) + 0.5) / TOTAL, atol=1 / TOTAL)
+    np.testing.assert_allclose(weight, np.ones(TOTAL), rtol=1e-5)
+    t, weight = times.final(jax.random.key(1), jdiff.EDM(), index[:5], 5)
+    assert np.all(t == 80) and np.all(weight == 1)
+    on_rectified = times.log_normal(jax.random.key(1), jdiff.Rectified(), index, TOTAL, mean=0.4, std=0.7)
+    of_fraction = times.logit_normal(jax.random.key(1), jdiff.Rectified(), index, TOTAL, mean=0.4, std=0.7)
+    np.testing.assert_allclose(on_rectified[0], of_fraction[0], rtol=1e-4)
+    np.testing.assert_allclose(on_rectified[1], of_fraction[1], rtol=2e-3)
 
 
 def test_importance_is_unbiased_and_varies_less_for_the_likelihood_loss():
@@ -259,6 +325,13 @@ def test_bad_input():
             draw(key, process, index, 4, t_min=0.5, t_max=0.2)
     with pytest.raises(ValueError, match="std must be positive, got 0"):
         times.log_normal(key, process, index, 4, std=0)
+    with pytest.raises(ValueError, match="std must be positive, got 0"):
+        times.logit_normal(key, process, index, 4, std=0)
+    for scale in (-1.01, 1.76):
+        with pytest.raises(ValueError, match=r"scale must be in \[-1, 1.751938\], got"):
+            times.mode(key, process, index, 4, scale=scale)
+    with pytest.raises(ValueError, match="shift must be positive, got 0"):
+        times.shift_draws(times.uniform, 0)
     for share in (-0.1, 1.0):
         with pytest.raises(ValueError, match="uniform must be in"):
             times.log_normal(key, process, index, 4, uniform=share)
