@@ -13,7 +13,7 @@ import pathlib
 import tempfile
 
 from benchmarks import common
-from experiments import build, cli, train
+from experiments import checks, cli, train
 from experiments.artefacts import Run
 from experiments.likelihood import against, likelihood
 
@@ -51,7 +51,7 @@ def main() -> None:
                 for text in (*shared, *changes):
                     cli.override(config, text)
                 config.seed = seed
-                build.check(config)
+                checks.check(config)
                 train.train(config, run)
                 split = config.data.validation
                 summary = likelihood(config, run, split=split)

@@ -29,7 +29,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 from benchmarks import common, mnist_features
-from experiments import build
+from experiments import samplers
 from experiments.compilation import compiler_options
 from jdiff import analytic, data, grid_search, metrics, processes, reverse, solvers, times
 from jdiff.sde import probability_flow
@@ -354,7 +354,7 @@ def _mnist(options):
     real = data.load("mnist", "test").arrays()["image"]
     real = np.asarray(features(real[:5000]))
     keys = jax.random.split(jax.random.key(6), count)
-    denoise = lambda params: build.denoiser(config, field(params))
+    denoise = lambda params: samplers.denoiser(config, field(params))
     t_min = float(processes.time_at(process, jnp.asarray(2 * math.log(256))))
     shown = {}
     for solver in options.solvers or ON_MNIST:

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from benchmarks import common
-from experiments import build, cli, model, train
+from experiments import build, checks, cli, model, train
 from experiments.artefacts import Run, read_jsonl
 from jdiff import checkpoint, data
 from jdiff.data import from_arrays
@@ -58,7 +58,7 @@ def _config(path, *changes):
     config = cli.load(path)
     for text in changes:
         cli.override(config, text)
-    build.check(config)
+    checks.check(config)
     return config
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import common
-from experiments import build
+from experiments import samplers
 from experiments.compilation import compiler_options
 from jdiff import solvers, times
 
@@ -45,7 +45,7 @@ def main() -> None:
 
     def sampler(make, path=False):
         def call(params, key, x, ts):
-            denoise = build.denoiser(config, field(params))
+            denoise = samplers.denoiser(config, field(params))
             return solvers.integrate(key, make(process, denoise), x, ts, path=path)
 
         return call

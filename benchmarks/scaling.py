@@ -29,7 +29,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import common
-from experiments import build, cli, model, plan
+from experiments import build, cli, model, objectives, plan
 from jdiff import data, parallel, training
 
 IMAGES = 16  # a device, in --weak
@@ -115,7 +115,7 @@ def weak(options) -> None:
     described = model.describe(config, source)
     tx = build.optimiser(config)
     statistics = {n: np.zeros(s.shape, s.dtype) for n, s in model.statistics_shapes(config, described).items()}
-    loss = build.loss(config, described.module, statistics, described.transform)
+    loss = objectives.loss(config, described.module, statistics, described.transform)
     like = jax.eval_shape(lambda params: training.init_state(params, tx), model.shapes(config, described))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(like.params))
 

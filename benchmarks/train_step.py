@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import common
-from experiments import build, cli, model
+from experiments import build, cli, model, objectives
 from experiments.compilation import compiler_options
 from jdiff import data, parallel, training
 
@@ -38,7 +38,7 @@ def _measure(options, dtype):
     described = model.describe(config, source)
     statistics = model.statistics(config, source, described.transform)
     tx = build.optimiser(config)
-    loss_fn = build.loss(config, described.module, statistics, described.transform)
+    loss_fn = objectives.loss(config, described.module, statistics, described.transform)
     decay, key, mesh = config.training.ema_decay, jax.random.key(1), parallel.data_mesh()
     params = model.initialise(config, described, jax.random.key(0))
     batch = next(data.batches(source, config.training.batch_size, seed=0, process_index=0, process_count=1))

@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from configs.common import defaults
-from experiments import build
+from experiments import checks
 from experiments.artefacts import Run
 from experiments.lock import LockedError
 from jdiff import parallel
@@ -72,7 +72,7 @@ def main(run: Callable[[ConfigDict, Run], int | None], *, evaluation: bool = Fal
             for text in values.set:
                 override(config, text)
             config.protocol = values.protocol or config.protocol
-            build.check(config)
+            checks.check(config)
             return run(config, folder)
         except (ValueError, TypeError, OSError, ImportError) as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)

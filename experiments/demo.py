@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from experiments import build, cli, likelihood, pictures, report, sample, train, yardsticks
+from experiments import checks, cli, likelihood, pictures, report, sample, train, yardsticks
 from experiments.artefacts import Run
 
 # Samples by the probability-flow ODE and by the reverse SDE with Langevin corrections.
@@ -85,7 +85,7 @@ def main() -> int:
     name = "smoke" if options.smoke else "digits"
     root = pathlib.Path(__file__).parents[1]
     config = cli.load(str(root / "configs" / f"{name}.py"))
-    build.check(config)
+    checks.check(config)
     return demo(config, Run(options.workdir or f"runs/{name}"), name=name)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from experiments import build, cli, model, tensors
+from experiments import checks, cli, model, tensors
 from experiments.artefacts import Run, read_json
 from jdiff import checkpoint, data
 
@@ -58,7 +58,7 @@ def main() -> int:
     try:
         run = Run(options.workdir)
         config = cli.from_dict(run.config())
-        build.check(config)
+        checks.check(config)
         export(config, run, options.out, step=options.step)
     except (ValueError, TypeError, OSError, ImportError, checkpoint.DamagedCheckpointError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

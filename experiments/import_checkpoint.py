@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from experiments import build, cli, tensors
+from experiments import build, checks, cli, tensors
 from experiments.artefacts import Run, read_json
 from jdiff import checkpoint
 from jdiff.importers import flax_msgpack, score_sde, score_sde_pytorch
@@ -159,7 +159,7 @@ def main() -> int:
     logging.set_verbosity(logging.ERROR)
     try:
         config = _configuration(options.config)
-        build.check(config)
+        checks.check(config)
         given = {"source": options.source, "sha256": options.sha256}
         import_checkpoint(config, Run(options.workdir), options.path, **given)
     except (ValueError, TypeError, OSError) as error:

@@ -22,7 +22,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from configs.song2021 import PUBLISHED, Published
-from experiments import build, cli, likelihood, sample, train
+from experiments import checks, cli, likelihood, sample, train
 from experiments.artefacts import Run, read_json
 from jdiff import data
 
@@ -63,7 +63,7 @@ def config(row: str, mode: str = "full") -> ConfigDict:
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise ValueError(f"there is no row {row!r}: {hint}`python -m experiments.reproduce` lists them")
     made = cli.load(str(CONFIGS / f"{row}.py"), mode)
-    build.check(made)
+    checks.check(made)
     return made
 
 
@@ -138,7 +138,7 @@ def reproduce(
         c.likelihood.batch_size, c.likelihood.draws = PASS_BATCH, PASSES
     for text in changes:
         cli.override(c, text)
-    build.check(c)
+    checks.check(c)
     # What is missing is found before an hour of importing, compiling and solving.
     missing = [] if pathlib.Path(path).is_file() else [f"there is no checkpoint {path}"]
     missing += _data_missing(c)

@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import build, cli, model, pictures, search_grid, song2021
+from experiments import build, checks, cli, model, pictures, samplers, search_grid, song2021
 from experiments.artefacts import Run
 from experiments.processes import primary, wait_for_all
 from jdiff import data, parallel, solvers
@@ -61,10 +61,10 @@ def sample(config: ConfigDict, run: Run) -> np.ndarray:
         spread = lambda index: parallel.shard_batch(index, mesh)
     if config.protocol == "song2021":
         draw = _song2021(config, described)
-    elif c.solver in build.ADAPTIVE:
+    elif c.solver in samplers.ADAPTIVE:
         draw = _adaptive(config, described)
     else:
-        ts = search_grid.read(config, run, trained.step) if c.grid == build.SEARCHED else build.grid(config)
+        ts = search_grid.read(config, run, trained.step) if c.grid == samplers.SEARCHED else samplers.grid(config)
         draw = _draw(config, described, ts)
 
     key = jax.random.key(c.seed)
@@ -158,12 +158,12 @@ def _draw(config, described, ts):
 
     @jax.jit
     def draw(params, statistics, keys, cond):
-        field = build.guided(config, described.module, params, statistics, cond)
-        denoise = build.denoiser(config, field) if c.denoise else None
+        field = samplers.guided(config, described.module, params, statistics, cond)
+        denoise = samplers.denoiser(config, field) if c.denoise else None
         x, path = draw_samples(
             keys,
             build.process(config),
-            build.solver(config, field, _noise(config, keys)),
+            samplers.solver(config, field, _noise(config, keys)),
             (*keys.shape, *described.shape),
             ts,
             denoise=denoise,
@@ -194,19 +194,19 @@ def _adaptive(config, described):
       FloatingPointError: from the function returned: a solve that did not arrive.
     """
     c, forward_process = config.sampling, build.process(config)
-    grid = build.grid(config, "linear")
+    grid = samplers.grid(config, "linear")
     ends = grid[0], grid[-1]
 
     @jax.jit
     def draw(params, statistics, keys, cond):
-        field = build.guided(config, described.module, params, statistics, cond)
+        field = samplers.guided(config, described.module, params, statistics, cond)
         start, own = (jax.vmap(lambda key, n=n: jax.random.fold_in(key, n))(keys) for n in (0, 1))
         x = prior_sample(start, forward_process, (*keys.shape, *described.shape))
         # White noise, drawn anew for rejected tries, would bias the SDE's samples.
-        solution = build.adaptive(config, field, own, x, ends, _noise(config, keys, "brownian"))
+        solution = samplers.adaptive(config, field, own, x, ends, _noise(config, keys, "brownian"))
         x = solution.x
         if c.denoise:
-            x = build.denoiser(config, field)(x, jnp.full(len(x), ends[1]))
+            x = samplers.denoiser(config, field)(x, jnp.full(len(x), ends[1]))
         return x, solution.evaluations, solution.failed
 
     def checked(*args):
@@ -243,7 +243,7 @@ def _song2021(config, described):
         raise ValueError('sampling.predictor = "ode" needs a model of continuous times, not loss.name = "smld"')
 
     def score(x, t, params, statistics, cond):
-        field = build.guided(config, described.module, params, statistics, cond)
+        field = samplers.guided(config, described.module, params, statistics, cond)
         return song2021.score_fn(forward_process, field, config.network.predict, scales=discrete)(x, t)
 
     start = lambda keys: prior_sample(keys, forward_process, (*keys.shape, *described.shape))
@@ -318,7 +318,7 @@ def main() -> None:
         ):
             if flags.FLAGS[flag].value is not None:
                 config.sampling[field] = flags.FLAGS[flag].value
-        build.check(config)
+        checks.check(config)
         images = sample(config, folder)
         name = solver_name(config)
         if not primary():

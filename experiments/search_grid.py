@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import build, cli, model
+from experiments import build, cli, model, samplers
 from experiments.artefacts import Run, read_json
 from experiments.compilation import compiler_options
 from jdiff import data, grid_search, solvers, times
@@ -39,7 +39,7 @@ def search_grid(config: ConfigDict, run: Run, *, samples: int = 64) -> dict:
       ValueError: a folder of another configuration, a solver that chooses its own steps, labels, numbers out of range.
     """
     c = config.sampling
-    if c.solver in build.ADAPTIVE:
+    if c.solver in samplers.ADAPTIVE:
         raise ValueError(f"{c.solver} chooses its steps itself: a grid is for the other solvers")
     if c.label != "null":
         raise ValueError(
@@ -49,7 +49,7 @@ def search_grid(config: ConfigDict, run: Run, *, samples: int = 64) -> dict:
         raise ValueError(f"samples must be positive and sampling.steps below {_FINE}, got {samples} and {c.steps}")
     trained = model.load(config, run, data.load(config.data.name, config.data.train))
     described, process = trained.model, build.process(config)
-    coarse = {name: build.grid(config, name) for name in _USUAL}
+    coarse = {name: samplers.grid(config, name) for name in _USUAL}
     last, first = float(coarse["linear"][-1]), min(float(coarse["linear"][0]), process.t_max)
     fine = times.uniform_log_snr(process, _FINE, t_min=last, t_max=first)
     keys = jax.random.split(jax.random.key(c.seed), 2 * samples)
@@ -59,7 +59,7 @@ def search_grid(config: ConfigDict, run: Run, *, samples: int = 64) -> dict:
     def compiled(function):
         """With the trained field first; the arrays of the model are arguments, not constants."""
         with_field = lambda params, statistics, *args: function(
-            build.guided(config, described.module, params, statistics, None), *args
+            samplers.guided(config, described.module, params, statistics, None), *args
         )
         program = jax.jit(with_field, compiler_options=compiler_options())
         return lambda *args: program(trained.params, trained.statistics, *args)
@@ -67,7 +67,7 @@ def search_grid(config: ConfigDict, run: Run, *, samples: int = 64) -> dict:
     if _stochastic(config, x):
 
         def search(field, keys, x):
-            denoise = build.denoiser(config, field)
+            denoise = samplers.denoiser(config, field)
             _, path = solvers.integrate(keys, solvers.ancestral(process, denoise), x, fine, path=True)
             best = grid_search.best_grid(process, denoise, path, fine, c.steps)
             return best, grid_search.step_costs(process, denoise, path, fine)
@@ -83,17 +83,17 @@ def search_grid(config: ConfigDict, run: Run, *, samples: int = 64) -> dict:
 
         measure = "cost of the steps"
     else:
-        exact = lambda field, x: solvers.integrate(None, solvers.edm(process, build.denoiser(config, field)), x, fine)[
-            0
-        ]
+        exact = lambda field, x: solvers.integrate(
+            None, solvers.edm(process, samplers.denoiser(config, field)), x, fine
+        )[0]
         end = compiled(exact)(x)
-        run_solver = compiled(lambda field, x, ts: solvers.integrate(None, build.solver(config, field), x, ts)[0])
+        run_solver = compiled(lambda field, x, ts: solvers.integrate(None, samplers.solver(config, field), x, ts)[0])
         error = lambda ts, part=other: float(jnp.sqrt(jnp.mean((run_solver(x[part], ts) - end[part]) ** 2)))
         begin = min(coarse.values(), key=lambda ts: error(ts, seen))
-        refine = compiled(lambda field, x, end, ts: grid_search.refine_grid(build.solver(config, field), x, end, ts))
+        refine = compiled(lambda field, x, end, ts: grid_search.refine_grid(samplers.solver(config, field), x, end, ts))
         best = refine(x[seen], end[seen], begin)
         measure = "RMS error of a sample"
-    errors = {name: error(ts) for name, ts in {**coarse, build.SEARCHED: best}.items()}
+    errors = {name: error(ts) for name, ts in {**coarse, samplers.SEARCHED: best}.items()}
     found = {"step": trained.step, "sampling": _identity(config), "ts": np.asarray(best).tolist()}
     found |= {"measure": measure, "errors": errors}
     run.write_json(file_name(config), found)
@@ -113,7 +113,7 @@ def read(config: ConfigDict, run: Run, step: int) -> jax.Array:
     """
     file = run / file_name(config)
     if not file.exists():
-        raise ValueError(f"sampling.grid = {build.SEARCHED!r}: no {file}; run experiments.search_grid first")
+        raise ValueError(f"sampling.grid = {samplers.SEARCHED!r}: no {file}; run experiments.search_grid first")
     found = read_json(file)
     ts = found.get("ts") if isinstance(found, dict) else None
     if not isinstance(ts, list) or not all(isinstance(t, float) for t in ts) or len(ts) != config.sampling.steps + 1:
@@ -131,8 +131,8 @@ def _identity(config):
 
 def _stochastic(config, x):
     """Whether the solver asks for a key."""
-    solver = build.solver(config, lambda x, t: x)
-    ts = build.grid(config, "linear")
+    solver = samplers.solver(config, lambda x, t: x)
+    ts = samplers.grid(config, "linear")
     try:
         jax.eval_shape(lambda x: solvers.integrate(None, solver, x, ts)[0], x)
     except ValueError as error:

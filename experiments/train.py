@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import build, cli, model, pictures, plan
+from experiments import build, cli, model, objectives, pictures, plan
 from experiments.artefacts import Metrics, Run, read_jsonl
 from experiments.compilation import compiler_options
 from experiments.lock import Lock
@@ -106,7 +106,7 @@ def _train(config, run, manager, lock, mesh, described, source, validation, stri
         return 0
     statistics = jax.tree.map(np.asarray, statistics)
 
-    loss = build.loss(config, described.module, statistics, described.transform)
+    loss = objectives.loss(config, described.module, statistics, described.transform)
     step_fn = _step_fn(config, loss, tx, mesh, places, steps=c.steps_per_call > 1)
     validate = _validation(config, described, statistics, validation, validation_key, mesh)
     metrics = Metrics(run, start) if primary() else None
@@ -194,7 +194,7 @@ def dry_run(config: ConfigDict, memory: float | None = None) -> int:
     like = _state_shapes(config, described, tx)
     places = _places(config, like, mesh)
     statistics = {name: np.zeros(s.shape, s.dtype) for name, s in model.statistics_shapes(config, described).items()}
-    loss = build.loss(config, described.module, statistics, described.transform)
+    loss = objectives.loss(config, described.module, statistics, described.transform)
     plain = training.make_train_step(loss, tx, ema_decay=c.ema_decay, ema_warmup=c.ema_warmup)
     batch = plan.batch_shapes(source.shape, c.batch_size, labels=source.classes is not None)
     found = plan.plan(_step_fn(config, loss, tx, mesh, places, steps=False), plain, like, batch, mesh, places)
@@ -273,7 +273,7 @@ def _validation(config, described, statistics, source, key, mesh):
         return None
     size = min(config.training.batch_size, len(source))
     size = -(-size // mesh.size) * mesh.size
-    loss_fn = build.loss(config, described.module, statistics, described.transform, train=False)
+    loss_fn = objectives.loss(config, described.module, statistics, described.transform, train=False)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     batches = list(itertools.islice(data.evaluation_batches(source, size, **share), 8))
 

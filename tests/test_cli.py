@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.common import defaults
-from experiments import build, cli
+from experiments import build, checks, cli
 from jdiff import VP
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -33,10 +33,10 @@ def _file(tmp_path, body):
 @pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_configuration_is_complete_and_can_be_built(file, mode):
     config = cli.load(str(file), mode)
-    build.check(config)
+    checks.check(config)
     # What a run folder holds is the same configuration again.
     again = cli.from_dict(json.loads(json.dumps(config.to_dict())))
-    build.check(again)
+    checks.check(again)
     assert again.to_json(sort_keys=True) == config.to_json(sort_keys=True)
     assert config.to_dict().keys() == defaults().to_dict().keys()
 
@@ -57,7 +57,7 @@ def test_values_of_the_right_type_are_set(config):
     assert config.sampling.solver == "heun" and config.data.test == "test[:10%]"
     assert build.process(config) == VP(beta_max=10)
     assert config.network.options.to_dict() == {"size": "small", "channels": 4}
-    build.check(config)
+    checks.check(config)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_wrong_config_json_names_the_field(config):
     ids=str,
 )
 def test_what_cannot_be_built_is_refused(config, changes, message):
-    build.check(config)
+    checks.check(config)
     for path, value in changes.items():
         *parents, last = path.split(".")
         node = config
@@ -186,7 +186,7 @@ def test_what_cannot_be_built_is_refused(config, changes, message):
         with node.ignore_type():
             node[last] = ConfigDict(value) if isinstance(value, dict) else value
     with pytest.raises(ValueError, match=message):
-        build.check(config)
+        checks.check(config)
 
 
 def test_labels_need_a_data_set_with_labels(config):

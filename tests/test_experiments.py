@@ -18,14 +18,17 @@ from configs import smoke
 from experiments import (
     artefacts,
     build,
+    checks,
     cli,
     compilation,
     demo,
     learning_curve,
     likelihood,
     model,
+    objectives,
     report,
     sample,
+    samplers,
     search_grid,
     train,
     yardsticks,
@@ -66,7 +69,7 @@ def _config(**changes):
         *(f"{path.replace('__', '.')}={json.dumps(value)}" for path, value in changes.items()),
     ):
         cli.override(config, text)
-    build.check(config)
+    checks.check(config)
     return config
 
 
@@ -183,7 +186,7 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path):
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     run, steps = Run(tmp_path / "run"), []
     shard_batch = train.parallel.shard_batch
-    loss = build.loss
+    loss = objectives.loss
 
     def poisoned(*args, **options):
         loss_fn = loss(*args, **options)
@@ -200,7 +203,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
         poison = np.full(8, np.nan if len(steps) == 7 else 0, np.float32)
         return shard_batch({**batch, "poison": poison}, mesh)
 
-    monkeypatch.setattr(train.build, "loss", poisoned)
+    monkeypatch.setattr(train.objectives, "loss", poisoned)
     monkeypatch.setattr(train.parallel, "shard_batch", placing)
     with pytest.raises(FloatingPointError, match=r"not finite at step 7 \(loss nan\).*checkpoints is kept"):
         train.train(_config(data__validation=""), run)
@@ -363,13 +366,13 @@ def test_sampling_that_was_killed_goes_on_with_the_missing_batches(done, tmp_pat
 def test_every_solver_is_offered(done, capsys):
     """Each name draws images from the trained model, which is hardly trained: that they are images is all there is."""
     seen = {}
-    for name in (*build.SOLVERS, *build.ADAPTIVE):
+    for name in (*samplers.SOLVERS, *samplers.ADAPTIVE):
         config = _config(sampling__solver=name, sampling__number=2, sampling__batch_size=2)
         seen[name] = sample.sample(config, done)
         assert seen[name].shape == (2, 8, 8, 1) and seen[name].max() <= 16
-        assert (done / f"trajectory_{name}.png").exists() == (name in build.SOLVERS)
+        assert (done / f"trajectory_{name}.png").exists() == (name in samplers.SOLVERS)
     # The two that choose their steps say how many they took, and go where many small steps go.
-    assert re.findall(r"(adaptive\w*): \d+ evaluations on average", capsys.readouterr().out) == list(build.ADAPTIVE)
+    assert re.findall(r"(adaptive\w*): \d+ evaluations on average", capsys.readouterr().out) == list(samplers.ADAPTIVE)
     many = sample.sample(_config(sampling__steps=200, sampling__number=2, sampling__batch_size=2), done)
     assert np.abs(seen["adaptive"].astype(int) - many).max() <= 1
     tight = dict(sampling__number=2, sampling__batch_size=2, sampling__rtol=1e-3, sampling__atol=1e-3)
@@ -387,7 +390,7 @@ def test_every_solver_is_offered(done, capsys):
 def test_adaptive_solvers_of_a_noise_prediction(name, monkeypatch):
     """On Rectified, where such a field says nothing at t_max: the end is found before anything is traced."""
     config = _config(sampling__solver=name, network__predict="eps", process__name="Rectified")
-    monkeypatch.setattr(build, "guided", lambda *args: lambda x, t: 0.5 * x)
+    monkeypatch.setattr(samplers, "guided", lambda *args: lambda x, t: 0.5 * x)
     draw = sample._adaptive(config, model.Model(None, None, (2, 2, 1), None))
     x, path, times = draw(None, None, jax.random.split(jax.random.key(0), 3), None)
     assert x.shape == (3, 2, 2, 1) and path is times is None
@@ -395,23 +398,23 @@ def test_adaptive_solvers_of_a_noise_prediction(name, monkeypatch):
 
 def test_the_first_step_that_is_not_finite_is_named(done, monkeypatch):
     config = _config(sampling__steps=6, sampling__number=2, sampling__grid="linear")
-    ts, guided = np.asarray(build.grid(config)), build.guided
+    ts, guided = np.asarray(samplers.grid(config)), samplers.guided
 
     def poisoned(*args):
         field = guided(*args)
         return lambda x, t: jnp.where(t[:, None, None, None] < ts[2] - 1e-4, jnp.nan, field(x, t))
 
-    monkeypatch.setattr(build, "guided", poisoned)
+    monkeypatch.setattr(samplers, "guided", poisoned)
     with pytest.raises(FloatingPointError, match=rf"heun .* first in step 3 of 6 \(t = {ts[2]:g} to {ts[3]:g}\)"):
         sample.sample(config, done)
-    for name in build.ADAPTIVE:
+    for name in samplers.ADAPTIVE:
         config.sampling.solver = name
         with pytest.raises(FloatingPointError, match=f"{name} did not arrive for"):
             sample.sample(config, done)
     last = lambda *args: (lambda field: lambda x, t: jnp.where(t[:, None, None, None] <= ts[-1], jnp.nan, field(x, t)))(
         guided(*args)
     )
-    monkeypatch.setattr(build, "guided", last)
+    monkeypatch.setattr(samplers, "guided", last)
     config.sampling.solver = "ddim"
     with pytest.raises(FloatingPointError, match="last denoising after ddim"):
         sample.sample(config, done)
@@ -424,7 +427,7 @@ def test_a_searched_grid(name, done, tmp_path, capsys):
     found = search_grid.search_grid(config, run, samples=8)
     assert found == read_json(run / f"grid_{name}_4.json") and found["step"] == 10
     ts = np.array(found["ts"])
-    usual = np.asarray(build.grid(config, "linear"))
+    usual = np.asarray(samplers.grid(config, "linear"))
     assert len(ts) == 5 and np.all(np.diff(ts) < 0)
     np.testing.assert_allclose(ts[[0, -1]], usual[[0, -1]], rtol=1e-6)
     errors = found["errors"]
@@ -513,7 +516,7 @@ def test_statistics_are_those_of_the_images_that_are_trained_on():
         transform = build.transform(config, source.levels)
         ours = model.statistics(config, source, transform)
         keys = jax.random.split(jax.random.key(0), len(source))
-        x = np.asarray(build.model_space(config, transform, keys, images), np.float64)
+        x = np.asarray(objectives.model_space(config, transform, keys, images), np.float64)
         np.testing.assert_allclose(ours["mean"], np.broadcast_to(x.mean(axis=axes), (8, 8, 1)), atol=5e-3)
         np.testing.assert_allclose(ours["std"], np.broadcast_to(x.std(axis=axes), (8, 8, 1)), atol=5e-3)
     config = _config(network__precondition="levels")

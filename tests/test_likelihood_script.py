@@ -16,7 +16,7 @@ import pytest
 
 import jdiff
 from configs import smoke
-from experiments import build, cli, errors, likelihood, model, song2021
+from experiments import build, checks, cli, errors, likelihood, model, song2021
 from experiments.artefacts import Run, read_json, read_jsonl
 from experiments.records import Records
 from jdiff import bounds, checkpoint, data, dequantisation
@@ -236,7 +236,7 @@ def _config(**changes):
         *(f"{path.replace('__', '.')}={json.dumps(value)}" for path, value in changes.items()),
     ):
         cli.override(config, text)
-    build.check(config)
+    checks.check(config)
     return config
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import jdiff
 from configs import smoke
-from experiments import build, likelihood, reproduce, sample, song2021, train
+from experiments import build, checks, likelihood, objectives, reproduce, sample, song2021, train
 from experiments.artefacts import Run
 from jdiff import data, losses, nn, predictions, training
 from jdiff import likelihood as library_likelihood
@@ -418,7 +418,7 @@ def test_likelihood_script(trained, monkeypatch):
 def test_sample_script(trained, predictor, corrector):
     config, run = trained
     config.sampling.update({"predictor": predictor, "corrector": corrector, "steps": 21, "t_min": 1e-3})
-    build.check(config)
+    checks.check(config)
     images = sample.sample(config, run)
     assert images.shape == (8, 8, 8, 1) and images.dtype == np.uint8 and images.max() <= 16
     assert len(np.unique(images)) > 5
@@ -442,7 +442,7 @@ def test_check_of_the_protocol(process, predictor, corrector, message):
     c.protocol, c.process.name = "song2021", process
     c.sampling.update({"predictor": predictor, "corrector": corrector, "steps": 20})
     with pytest.raises(ValueError, match=message):
-        build.check(c)
+        checks.check(c)
 
 
 # What a configuration trains.
@@ -454,7 +454,7 @@ def objective(row, **changes):
     c.network.options.dropout = 0.0
     c.data.flip = False
     c.loss.update(changes)
-    build.check(c)
+    checks.check(c)
     return c
 
 
@@ -464,7 +464,7 @@ ROWS = {"denoising": "vp/cifar10_ddpmpp_continuous", "ddpm": "vp/ddpm/cifar10", 
 @pytest.mark.parametrize("reduce_mean", [True, False])
 @pytest.mark.parametrize("name", ROWS)
 def test_objective_of_a_configuration(name, reduce_mean, monkeypatch):
-    """Through build.loss: the objective by its formula in NumPy, at the times and with the noise that the field saw."""
+    """The objective by its formula in NumPy, at the times and with the noise that the field saw."""
     c = objective(ROWS[name], reduce_mean=reduce_mean)
     seen = {}
 
@@ -475,7 +475,7 @@ def test_objective_of_a_configuration(name, reduce_mean, monkeypatch):
     monkeypatch.setattr(build, "field", lambda *args, **options: field)
     transform = DataTransform(256, centered=c.data.centered)
     images = np.random.default_rng(0).integers(0, 256, (64, 4, 4, 1), dtype=np.uint8)
-    loss_fn = build.loss(c, None, {}, transform)
+    loss_fn = objectives.loss(c, None, {}, transform)
     keys = jax.random.split(jax.random.key(1), 64)
     batch = {"image": jnp.asarray(images), "index": jnp.arange(64), "key": jax.random.key(2)}
     found, _ = loss_fn(None, keys, batch)
@@ -517,7 +517,7 @@ def test_labels_are_all_of_the_scales(name):
         patch.setattr(build, "field", lambda *args, **options: of)
         images = jnp.zeros((300, 1, 1, 1), jnp.uint8)
         batch = {"image": images, "index": jnp.arange(300), "key": jax.random.key(2)}
-        build.loss(c, None, {}, DataTransform())(None, jax.random.split(jax.random.key(1), 300), batch)
+        objectives.loss(c, None, {}, DataTransform())(None, jax.random.split(jax.random.key(1), 300), batch)
     values, counts = np.unique(seen[0], return_counts=True)
     np.testing.assert_array_equal(values, [0, 0.5, 1])
     assert counts.min() > 70
@@ -544,14 +544,14 @@ def test_check_of_the_objective(name, group, changes, message):
     c = objective(ROWS[name])
     c[group].update(changes)
     with pytest.raises(ValueError, match=message):
-        build.check(c)
+        checks.check(c)
 
 
 @pytest.mark.parametrize("row", sorted(reproduce.rows()))
 def test_every_row_passes_the_check_of_the_protocol(row):
     c = reproduce.config(row)
     c.protocol = "song2021"
-    build.check(c)
+    checks.check(c)
 
 
 # The library's own functions, where they are the same.

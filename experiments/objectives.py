@@ -1,0 +1,137 @@
+"""From a configuration to what is minimised: losses, weightings, times of training."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from experiments import song2021
+from experiments.build import field, pick, process
+from jdiff import losses, times
+from jdiff.transforms import DataTransform, random_flip
+
+# options -> weighting
+WEIGHTS = {
+    "unit": lambda: losses.unit,
+    "snr": lambda: losses.snr,
+    "sigma2": lambda: losses.sigma2,
+    "likelihood": lambda: losses.likelihood,
+    "min_snr": losses.min_snr,
+    "edm": losses.edm,
+}
+TIMES = {
+    "uniform": times.uniform,
+    "stratified": times.stratified,
+    "importance": times.importance,
+    "log_normal": times.log_normal,
+}
+# At discrete times, of a process and a kind of field each.
+OBJECTIVES = {"ddpm": song2021.ddpm_loss, "smld": song2021.smld_loss}
+_DISCRETE = {"ddpm": ("VP", "eps"), "smld": ("VE", "score")}
+# What the backward pass finds stored; the rest it computes again.
+REMAT = {"none": None, "dots": jax.checkpoint_policies.dots_saveable}
+
+
+def model_space(config: ConfigDict, data_transform: DataTransform, key: jax.Array, images: jax.Array) -> jax.Array:
+    """Return images as the network is trained on them: dequantised or rescaled, flipped where asked."""
+    noise, mirror = _fold(key, 0), _fold(key, 1)
+    unit = data_transform.dequantise(noise, images) if config.data.dequantise else data_transform.rescale(images)
+    x = data_transform.forward(unit)
+    return random_flip(mirror, x) if config.data.flip else x
+
+
+def weighting(config: ConfigDict) -> losses.Weighting:
+    """Return the loss weighting.
+
+    Raises:
+      ValueError: unknown name or option, or a number out of range.
+    """
+    make = pick(WEIGHTS, config.loss.weight.name, "loss.weight.name")
+    return make(**_known_options(make, config.loss.weight, "loss.weight", ()))
+
+
+def training_times(config: ConfigDict):
+    """Return draw(key, process, index, total) -> (t, weight).
+
+    Raises:
+      ValueError: unknown name or option, or a number out of range.
+    """
+    draw = pick(TIMES, config.loss.times.name, "loss.times.name")
+    given = ("key", "process", "index", "total")
+    draw = functools.partial(draw, **_known_options(draw, config.loss.times, "loss.times", given))
+    draw(jax.random.key(0), process(config), jnp.arange(2), 2)
+    return draw
+
+
+def loss(config: ConfigDict, module, statistics: dict, data_transform: DataTransform, *, train: bool = True):
+    """Return loss_fn(params, keys, batch) -> (per-example loss, metrics) for `jdiff.training.make_train_step`.
+
+    Stratified times are spread over the global batch, config.training.batch_size, whatever the mapping. loss.name
+    "ddpm" and "smld" draw one of loss.scales discrete times for each example instead (see `song2021`); loss.reduce_mean
+    = False gives half the sum over the image, not the mean.
+    """
+    forward_process = process(config)
+    weight, draw = weighting(config), training_times(config)
+    total, scales, reduce_mean = config.training.batch_size, config.loss.scales, config.loss.reduce_mean
+
+    def loss_fn(params, keys, batch):
+        x0 = model_space(config, data_transform, keys, batch["image"])
+        cond = None
+        if config.network.conditional:
+            dropped = jax.vmap(lambda k: jax.random.bernoulli(k, config.loss.label_dropout))(_fold(keys, 3))
+            cond = jnp.where(dropped & train, module.num_classes, batch["label"])
+        rngs = {"dropout": _fold(keys, 4)} if train and getattr(module, "dropout", 0) else None
+        trained = field(config, module, params, statistics, cond=cond, train=train, rngs=rngs)
+        if (policy := REMAT[config.training.remat]) is not None:
+            trained = jax.checkpoint(trained, policy=policy)
+        if config.loss.name in OBJECTIVES:
+            labels = jax.vmap(lambda k: jax.random.randint(k, (), 0, scales))(_fold(keys, 5))
+            eps = jax.vmap(lambda k: jax.random.normal(k, x0.shape[1:], x0.dtype))(_fold(keys, 2))
+            objective = functools.partial(OBJECTIVES[config.loss.name], scales=scales, reduce_mean=reduce_mean)
+            return objective(forward_process, trained, x0, labels, eps), {}
+        t, importance = draw(batch["key"], forward_process, batch["index"], total)
+        error = losses.denoising(
+            _fold(keys, 2), trained, forward_process, x0, t, predict=config.network.predict, weight=weight
+        )
+        share = 1.0 if reduce_mean else 0.5 * math.prod(x0.shape[1:])
+        return share * error * importance.astype(error.dtype), {}
+
+    return loss_fn
+
+
+def _known_options(function, group, path, given):
+    """Return a group's options, or raise a ValueError that names those that the function does not take."""
+    known = [name for name in inspect.signature(function).parameters if name not in given]
+    for name in group.options:
+        if name not in known:
+            raise ValueError(f"{path} {group.name} has no option {name!r}; it has {', '.join(known) or 'none'}")
+    return dict(group.options)
+
+
+def check_objective(config: ConfigDict) -> None:
+    """Raise ValueError for a loss that the process, the prediction or the other fields do not fit."""
+    name, forward_process = config.loss.name, process(config)
+    pick(("denoising", *OBJECTIVES), name, "loss.name")
+    if config.loss.scales < 2:
+        raise ValueError(f"loss.scales must be 2 or more, got {config.loss.scales}")
+    if name == "denoising":
+        return
+    wanted = dict(zip(("process.name", "network.predict"), _DISCRETE[name]))
+    wanted |= {"loss.weight.name": "sigma2", "loss.times.name": "uniform"}
+    for path, value in wanted.items():
+        found = functools.reduce(lambda group, key: group[key], path.split("."), config)
+        if found != value:
+            raise ValueError(f"loss.name = {name!r} needs {path} = {value!r}, got {found!r}")
+    if forward_process.t_max != 1:
+        raise ValueError(f"loss.name = {name!r} needs t_max = 1, got {forward_process.t_max}")
+    if name == "ddpm":
+        song2021.betas(forward_process, config.loss.scales)
+
+
+def _fold(keys, n):
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, n)

@@ -1,0 +1,150 @@
+"""From a configuration to what draws samples: solvers, grids, guidance."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+import jdiff
+from experiments import song2021
+from experiments.build import field, pick, process
+from jdiff import guidance, solvers, times
+
+GRIDS = {
+    "linear": times.linear,
+    "quadratic": times.quadratic,
+    "karras": times.karras,
+    "polyexponential": times.polyexponential,
+    "shifted": times.shifted,
+    "subsequence": times.subsequence,
+    "uniform_log_snr": times.uniform_log_snr,
+}
+
+
+def _flow(process, field, predict, c):
+    return jdiff.probability_flow(process, field, predict=predict)
+
+
+def _reverse(process, field, predict, c):
+    return jdiff.reverse(process, field, predict=predict, eta=c.eta)
+
+
+def _as(kind):
+    return lambda process, field, predict: jdiff.reparameterise(process, field, predict, kind)
+
+
+_x0, _score = _as("x0"), _as("score")
+
+
+def _predictor_corrector(process, field, predict, c, noise):
+    largest = lambda s: process.marginal(s)[1] ** 2
+    score = _score(process, field, predict)
+    corrector = solvers.langevin(score, snr=c.snr, steps=c.corrector_steps, largest=largest)
+    predictor = solvers.euler_maruyama(_reverse(process, field, predict, c), noise=noise)
+    # A corrector's step has no length in time, along which a Brownian path could move: its noise is white.
+    return solvers.predictor_corrector(predictor, corrector)
+
+
+# (process, field, its kind, config.sampling, noise) -> Solver
+SOLVERS = {
+    "euler": lambda p, f, k, c, z: solvers.euler(_flow(p, f, k, c)),
+    "midpoint": lambda p, f, k, c, z: solvers.midpoint(_flow(p, f, k, c)),
+    "heun": lambda p, f, k, c, z: solvers.heun(_flow(p, f, k, c)),
+    "rk4": lambda p, f, k, c, z: solvers.rk4(_flow(p, f, k, c)),
+    "edm": lambda p, f, k, c, z: solvers.edm(
+        p, _x0(p, f, k), churn=min(c.churn / c.steps, math.sqrt(2) - 1), s_noise=c.churn_noise, noise=z
+    ),
+    "euler_maruyama": lambda p, f, k, c, z: solvers.euler_maruyama(_reverse(p, f, k, c), noise=z),
+    "stochastic_heun": lambda p, f, k, c, z: solvers.stochastic_heun(_reverse(p, f, k, c), noise=z),
+    "ancestral": lambda p, f, k, c, z: solvers.ancestral(p, _x0(p, f, k), variance=c.variance, noise=z),
+    "ddim": lambda p, f, k, c, z: solvers.ddim(p, _x0(p, f, k), c.eta, noise=z),
+    "dpm_solver": lambda p, f, k, c, z: solvers.dpm_solver(p, _x0(p, f, k), c.order or 2),
+    "dpmpp_2s": lambda p, f, k, c, z: solvers.dpmpp_2s(p, _x0(p, f, k)),
+    "dpmpp_2m": lambda p, f, k, c, z: solvers.dpmpp_2m(p, _x0(p, f, k)),
+    "dpmpp_3m": lambda p, f, k, c, z: solvers.dpmpp_3m(p, _x0(p, f, k)),
+    "dpmpp_2m_sde": lambda p, f, k, c, z: solvers.dpmpp_2m(p, _x0(p, f, k), c.eta, noise=z),
+    "dpmpp_3m_sde": lambda p, f, k, c, z: solvers.dpmpp_3m(p, _x0(p, f, k), c.eta, noise=z),
+    "exponential_adams": lambda p, f, k, c, z: solvers.exponential_adams(p, _x0(p, f, k), c.order or 3),
+    "deis": lambda p, f, k, c, z: solvers.deis(p, _x0(p, f, k), c.order or 3),
+    "unipc": lambda p, f, k, c, z: solvers.unipc(p, _x0(p, f, k), c.order or 2, last_corrector=c.last_corrector),
+    "predictor_corrector": _predictor_corrector,
+}
+
+
+def _tolerances(c):
+    return {name: c[name] for name in ("rtol", "atol") if c[name]}
+
+
+# (process, field, its kind, config.sampling, keys, x, t0, t1, noise) -> Solution; they choose their steps themselves.
+ADAPTIVE = {
+    "adaptive": lambda p, f, k, c, keys, x, t0, t1, z: solvers.integrate_adaptive(
+        _flow(p, f, k, c), x, t0, t1, **_tolerances(c)
+    ),
+    "adaptive_sde": lambda p, f, k, c, keys, x, t0, t1, z: solvers.integrate_adaptive_sde(
+        keys, _reverse(p, f, k, c), x, t0, t1, noise=z, **_tolerances(c)
+    ),
+}
+# A grid that experiments.search_grid has found and left in the run folder.
+SEARCHED = "searched"
+
+
+def guided(config: ConfigDict, module, params, statistics: dict, cond) -> jdiff.Field:
+    """Return the field that samples are drawn with, for labels (batch,) or None, guided by sampling.guidance."""
+    if cond is None or config.sampling.guidance == 1:
+        return field(config, module, params, statistics, cond=cond)
+    null = jnp.full_like(cond, module.num_classes)
+    conditional = lambda x, t, cond: field(config, module, params, statistics, cond=cond)(x, t)
+    return guidance.classifier_free(conditional, cond, null, config.sampling.guidance)
+
+
+def grid(config: ConfigDict, name: str | None = None) -> jax.Array:
+    """Return the decreasing sampling times.
+
+    Args:
+      config: the configuration.
+      name: instead of config.sampling.grid.
+
+    Raises:
+      ValueError: unknown grid, steps < 1, t_min out of range.
+    """
+    make = pick(GRIDS, name or config.sampling.grid, "sampling.grid")
+    forward_process = process(config)
+    t_max = None
+    if config.network.predict in ("eps", "score"):
+        # These kinds say nothing where there is no signal: start just below t_max on Rectified and Cosine.
+        no_signal = float(forward_process.marginal(jnp.asarray(forward_process.t_max))[0]) == 0
+        t_max = 0.999 * forward_process.t_max if no_signal else None
+    return make(forward_process, config.sampling.steps, t_min=config.sampling.t_min or None, t_max=t_max)
+
+
+def solver(config: ConfigDict, trained: jdiff.Field, noise: solvers.Noise = solvers.white) -> solvers.Solver:
+    """Return the solver named in config.sampling for a field of the kind config.network.predict."""
+    make = pick(SOLVERS, config.sampling.solver, "sampling.solver")
+    return make(process(config), trained, config.network.predict, config.sampling, noise)
+
+
+def adaptive(config: ConfigDict, trained: jdiff.Field, keys, x, ends, noise: solvers.Noise = solvers.white):
+    """Return what the adaptive solver named in config.sampling makes of x at ends[0]: a Solution at ends[1]."""
+    solve = pick(ADAPTIVE, config.sampling.solver, "sampling.solver")
+    return solve(process(config), trained, config.network.predict, config.sampling, keys, x, *ends, noise)
+
+
+def denoiser(config: ConfigDict, trained: jdiff.Field) -> jdiff.Field:
+    """Return the x0-field that agrees with a trained field."""
+    return _x0(process(config), trained, config.network.predict)
+
+
+def check_protocol(config: ConfigDict) -> None:
+    """Raise ValueError for what config.protocol cannot draw."""
+    c, forward_process = config.sampling, process(config)
+    pick(("jdiff", "song2021"), config.protocol, "protocol")
+    pick((*song2021.PREDICTORS, "ode"), c.predictor, "sampling.predictor")
+    pick(song2021.CORRECTORS, c.corrector, "sampling.corrector")
+    if config.protocol == "jdiff":
+        return
+    song2021.check(forward_process, c.steps, predictor=c.predictor, corrector=c.corrector)
+    if c.corrector_steps < 1:
+        raise ValueError(f"sampling.corrector_steps must be positive, got {c.corrector_steps}")
