@@ -1,8 +1,13 @@
 """Guidance: functions from fields to fields.
 
-Linear combinations of fields commute with the affine maps between prediction kinds (`jdiff.predictions`), so
-`classifier_free` may be applied to a field of any kind. At other scales than 1 the guided field is not the score of any
-diffused density (Bradley & Nakkiran 2024, arXiv 2408.09000).
+Each kind has a stronger and a weaker prediction of the same thing and goes on from one to the other,
+
+    weak + scale (strong - weak),
+
+so that scale 1 is the stronger one. Linear combinations commute with the affine maps between prediction kinds
+(`jdiff.predictions`): the fields may be of any one kind, of any process. At other scales than 1 the guided field is not
+the score of any diffused density (Bradley & Nakkiran 2024, arXiv 2408.09000): docs/guidance.md says what a solver then
+samples. What guidance does to x_0 is in `jdiff.saturation`.
 """
 
 from __future__ import annotations
@@ -12,33 +17,74 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import batch_time, call, check_array, check_state, expand, lincomb
-from jdiff._typing import Array, Field, PyTree
+from jdiff._array import batch_time, call, check_array, check_state, lincomb, select
+from jdiff._typing import Array, Field, Kind, Process, PyTree
+from jdiff.predictions import check_kind, conversion
 
-__all__ = ["classifier", "classifier_free", "limit_to"]
+__all__ = [
+    "Adjust",
+    "Scale",
+    "autoguidance",
+    "classifier",
+    "classifier_free",
+    "interval",
+    "limit_to",
+]
+
+Scale = Array | float | Callable[[Array], Array]
+"""A scalar, one number per example, shape (batch,), or a function of t, (batch,) -> (batch,)."""
+Adjust = Callable[[PyTree, PyTree, PyTree, Array], PyTree]
+"""(guided, strong, x, t) -> guided: what is done to the combination, such as `jdiff.saturation.rescale`."""
 
 
-def classifier(score: Field, log_prob: Callable[[Array, Array], Array], scale: Array | float = 1.0) -> Field:
-    """Return score(x, t) + scale grad_x log p(y | x, t), a score field.
+def classifier(
+    field: Field,
+    log_prob: Callable[[Array, Array], Array],
+    scale: Scale = 1.0,
+    *,
+    process: Process | None = None,
+    predict: Kind = "score",
+    adjust: Adjust | None = None,
+) -> Field:
+    """Return score(x, t) + scale grad_x log p(y | x, t), in the kind of `field`.
 
-    Dhariwal & Nichol 2021 (arXiv 2105.05233), section 4; Song et al. 2021 (arXiv 2011.13456), eq. 14.
+    Dhariwal & Nichol 2021 (arXiv 2105.05233), section 4; Song et al. 2021 (arXiv 2011.13456), eq. 14. A score s is
+    p x + q s in another kind (`jdiff.predictions.conversion`): the gradient is multiplied by q. For x0, v and velocity
+    q is infinite where alpha = 0 (the end of Rectified and Cosine): start below, or limit the scale by `interval`.
 
     Args:
-      score: the unconditional score.
+      field: the unconditional field, or a conditional one to be strengthened.
       log_prob: (x, t) -> log p(y | x_t = x), shape (batch,), each entry a function of its own example.
-      scale: scalar or (batch,); at 1 the result is the score of p(x | y).
+      scale: see `Scale`; at 1 the result is the score of p(x | y), at 0 it is `field`.
+      process: the forward process; a score field needs none.
+      predict: kind of `field` and of the result.
+      adjust: see `Adjust`; the strong prediction is that of scale 1.
+
+    Raises:
+      ValueError: unknown kind, or another one than score without a process.
     """
+    check_kind(predict)
+    if process is None and predict != "score":
+        raise ValueError(f"classifier guidance of a field of kind {predict!r} needs process=")
 
-    def field(x, t):
+    def guided(x, t):
         check_array(x)
-        gradient = jax.grad(lambda x: jnp.sum(log_prob(x, t)))(x)
-        return lincomb((1.0, call(score, x, t)), (scale, gradient))
+        t = batch_time(t, x)
+        gradient = jax.grad(lambda x: jnp.sum(log_prob(x, t.astype(x.dtype))))(x)
+        weak = call(field, x, t)
+        factor = 1.0 if process is None else conversion(process, t, "score", predict)[1]
+        return _extrapolate(scale, lincomb((1.0, weak), (factor, gradient)), weak, adjust, x, t)
 
-    return field
+    return guided
 
 
 def classifier_free(
-    field: Callable[[PyTree, Array, PyTree], PyTree], cond: PyTree, null: PyTree, scale: Array | float
+    field: Callable[[PyTree, Array, PyTree], PyTree],
+    cond: PyTree,
+    null: PyTree,
+    scale: Scale,
+    *,
+    adjust: Adjust | None = None,
 ) -> Field:
     """Return null + scale (cond - null) for the field's values under two conditions, from one call on twice the batch.
 
@@ -46,38 +92,106 @@ def classifier_free(
 
     Args:
       field: (x, t, cond) -> prediction, of any kind.
-      cond: conditions, arrays with a leading batch axis.
+      cond: conditions, a pytree of arrays with a leading batch axis.
       null: the conditions of "none", likewise; a negative condition where it is one.
-      scale: scalar or (batch,).
+      scale: see `Scale`.
+      adjust: see `Adjust`; it costs no evaluation.
+
+    Raises:
+      ValueError: conditions of another batch than x, or null of other shapes than cond (when the field is called).
     """
 
     def guided(x, t):
         batch = check_state(x)
         t = batch_time(t, x)
+        _check_conditions(cond, null, batch)
         twice = lambda a, b: jax.tree.map(lambda a, b: jnp.concatenate([a, b]), a, b)
         both = call(lambda x, t: field(x, t, twice(cond, null)), twice(x, x), twice(t, t))
-        with_cond = jax.tree.map(lambda leaf: leaf[:batch], both)
-        without = jax.tree.map(lambda leaf: leaf[batch:], both)
-        return lincomb((1.0 - scale, without), (scale, with_cond))
+        strong, weak = (jax.tree.map(lambda leaf, part=part: leaf[part], both) for part in _halves(batch))
+        return _extrapolate(scale, strong, weak, adjust, x, t)
 
     return guided
 
 
-def limit_to(guided: Field, plain: Field, t_low: float, t_high: float) -> Field:
-    """Return `guided` for t in [t_low, t_high] and `plain` elsewhere (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+def autoguidance(strong: Field, weak: Field, scale: Scale, *, adjust: Adjust | None = None) -> Field:
+    """Return strong + (scale - 1) (strong - weak): away from the errors that a worse model makes, and not its class.
 
-    Both are evaluated: one batch may hold examples inside and outside.
+    Karras et al. 2024 (arXiv 2406.02507), section 3: weak has the same condition and is trained less, or
+    smaller, or both. Two calls.
+
+    Args:
+      strong: the field, of any kind; it may be guided itself.
+      weak: a worse field of the same kind.
+      scale: see `Scale`; 1 is `strong`.
+      adjust: see `Adjust`.
+    """
+
+    def guided(x, t):
+        t = batch_time(t, x)
+        return _extrapolate(scale, call(strong, x, t), call(weak, x, t), adjust, x, t)
+
+    return guided
+
+
+def interval(scale: Scale, t_low: float, t_high: float, *, outside: Array | float = 1.0) -> Callable[[Array], Array]:
+    """Return the scale that is `scale` for t in [t_low, t_high] and `outside` elsewhere, a function of t.
+
+    Kynkaanniemi et al. 2024 (arXiv 2404.07724), section 3, in t. Outside, the guided field is the stronger prediction
+    to the last digit, and no field is evaluated more often than without an interval.
 
     Raises:
       ValueError: t_low >= t_high.
     """
-    if not t_low < t_high:
-        raise ValueError(f"t_low must be below t_high, got {t_low} and {t_high}")
+    _check_interval(t_low, t_high)
+    return lambda t: jnp.where(_inside(t, t_low, t_high), _at(scale, t), outside)
+
+
+def limit_to(guided: Field, plain: Field, t_low: float, t_high: float) -> Field:
+    """Return `guided` for t in [t_low, t_high] and `plain` elsewhere, for any two fields of one kind.
+
+    Both are evaluated, because one batch may hold examples inside and outside; values of the one that is not chosen do
+    not matter, NaN among them. For classifier-free guidance `interval` does the same without a third evaluation.
+
+    Raises:
+      ValueError: t_low >= t_high.
+    """
+    _check_interval(t_low, t_high)
 
     def field(x, t):
         t = batch_time(t, x)
-        inside = (t >= t_low) & (t <= t_high)
-        choose = lambda a, b: jnp.where(expand(inside, a).astype(bool), a, b)
-        return jax.tree.map(choose, call(guided, x, t), call(plain, x, t))
+        return select(_inside(t, t_low, t_high), call(guided, x, t), call(plain, x, t))
 
     return field
+
+
+def _at(scale, t):
+    return scale(t) if callable(scale) else scale
+
+
+def _extrapolate(scale, strong, weak, adjust, x, t):
+    scale = _at(scale, t)
+    if jnp.shape(scale) not in ((), t.shape):
+        raise ValueError(f"scale must be a scalar or have shape {t.shape} (the batch of x), got {jnp.shape(scale)}")
+    guided = lincomb((1.0 - scale, weak), (scale, strong))
+    return guided if adjust is None else adjust(guided, strong, x, t)
+
+
+def _halves(batch):
+    return slice(None, batch), slice(batch, None)
+
+
+def _check_conditions(cond, null, batch):
+    shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (cond, null)]
+    if jax.tree.structure(cond) != jax.tree.structure(null) or shapes[0] != shapes[1]:
+        raise ValueError(f"null must have the structure and shapes of cond, {shapes[0]}; got {shapes[1]}")
+    if any(shape[:1] != (batch,) for shape in shapes[0]):
+        raise ValueError(f"cond must have a leading axis of {batch}, the batch of x; got shapes {shapes[0]}")
+
+
+def _check_interval(t_low, t_high):
+    if not t_low < t_high:
+        raise ValueError(f"t_low must be below t_high, got {t_low} and {t_high}")
+
+
+def _inside(t, t_low, t_high):
+    return (t >= t_low) & (t <= t_high)

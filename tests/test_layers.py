@@ -22,6 +22,7 @@ ROOMS = {
         BELOW | {"processes", "predictions", "sde", "solvers", "guidance", "losses"},
     ),
     "levels": BELOW | {"processes", "predictions"},
+    "saturation": BELOW | {"processes", "predictions", "guidance"},
     "bounds": BELOW | {"processes", "predictions", "sde", "losses", "transforms"},
     "dequantisation": BELOW | {"processes", "transforms"},
     # Beside the staircase: they stand on the processes, and nothing of the library stands on them.
