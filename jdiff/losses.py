@@ -86,7 +86,7 @@ def edm(sigma_data: float = 0.5) -> Weighting:
 
 
 def denoising(
-    keys: Key,
+    keys: Key | None,
     field: Field,
     process: Process,
     x0: Array,
@@ -94,6 +94,7 @@ def denoising(
     *,
     predict: Kind,
     weight: Weighting = unit,
+    eps: Array | None = None,
 ) -> Array:
     """Return weight(t) mean_event |field(x_t, t) - target|^2 for each example, x_t = alpha x_0 + sigma eps.
 
@@ -102,13 +103,16 @@ def denoising(
     masks.
 
     Args:
-      keys: one key per example, shape (batch,), or one key; eps_i is drawn from key i alone.
+      keys: one key per example, shape (batch,), or one key; eps_i is drawn from key i alone. Not used where eps is
+        given.
       field: (x, t) -> prediction.
       process: the forward process.
       x0: data in model space, shape (batch, *event).
       t: times, scalar or (batch,).
       predict: kind of the field.
       weight: the weighting.
+      eps: the noise of each example, shape of x0, instead of one drawn from its key: pairs chosen by `jdiff.coupling`,
+        or made by a flow (Liu et al. 2022, arXiv 2209.03003).
 
     Returns:
       Losses, shape (batch,).
@@ -120,7 +124,10 @@ def denoising(
     check_kind(predict)
     batch = check_array(x0, "x0")
     t = batch_time(t, x0)
-    eps = normal_like(example_keys(keys, batch), x0)
+    if eps is None:
+        eps = normal_like(example_keys(keys, batch), x0)
+    elif eps.shape != x0.shape:
+        raise ValueError(f"eps must have the shape of x0, {x0.shape}; got {eps.shape}")
     a, b = coefficients(process, t, predict)
     target = expand(a, x0) * x0 + expand(b, x0) * eps
     out = call(field, perturb(process, x0, eps, t), t)

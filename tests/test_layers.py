@@ -27,6 +27,8 @@ ROOMS = {
     "dequantisation": BELOW | {"processes", "transforms"},
     # Beside the staircase: they stand on the processes, and nothing of the library stands on them.
     **dict.fromkeys(["analytic", "times", "transforms"], BELOW | {"processes"}),
+    "coupling": BELOW,
+    "interpolants": BELOW | {"sde"},
     # These know no diffusion at all; the mappings run the one training step.
     "training": BELOW,
     "checkpoint": BELOW | {"_digests"},
@@ -38,6 +40,7 @@ ROOMS = {
 # Room -> packages it may import besides the standard library, JAX and NumPy.
 PACKAGES = {
     "solvers": {"diffrax", "lineax"},  # the adapter only, at its call
+    "coupling": {"optax"},
     "training": {"optax"},
     "parallel": {"optax"},
     "checkpoint": {"orbax", "etils"},

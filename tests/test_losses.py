@@ -57,6 +57,8 @@ def test_loss_is_its_formula(x64, name):
         np.testing.assert_allclose(got, ((out - want) ** 2).mean((1, 2)), rtol=1e-7, err_msg=kind)
         ten = losses.denoising(keys, field, process, x0, t, predict=kind, weight=lambda p, t, k: 10 * t)
         np.testing.assert_allclose(ten, 10 * t * got, rtol=1e-12)
+        given = losses.denoising(None, field, process, x0, t, predict=kind, eps=jnp.asarray(eps))
+        np.testing.assert_allclose(given, got, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -219,6 +221,8 @@ def test_bad_input():
         run(key=jax.random.PRNGKey(0))
     with pytest.raises(ValueError, match="one key per example"):
         run(key=jax.random.split(key, 2))
+    with pytest.raises(ValueError, match=r"eps must have the shape of x0, \(3, 2\); got \(3, 1\)"):
+        run(eps=x0[:, :1])
     with pytest.raises(ValueError, match="gamma must be positive, got 0"):
         losses.min_snr(0)
     with pytest.raises(ValueError, match="sigma_data must be positive, got -1"):
