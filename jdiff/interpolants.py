@@ -24,7 +24,6 @@ __all__ = [
     "bridge",
     "coefficients",
     "encoding_decoding",
-    "flow",
     "interpolate",
     "linear",
     "loss",
@@ -37,12 +36,8 @@ __all__ = [
 ]
 
 Scalar = Callable[[Array], Array]
-
-
-class Interpolant(NamedTuple):
-    """A path: a function of the time, elementwise, to (a, b, gamma)."""
-
-    path: Callable[[Array], tuple[Array, Array, Array]]
+Interpolant = Callable[[Array], tuple[Array, Array, Array]]
+"""A path: t -> (a, b, gamma), elementwise."""
 
 
 class Coefficients(NamedTuple):
@@ -81,7 +76,7 @@ def linear(gamma: Scalar = jnp.zeros_like) -> Interpolant:
 
     Albergo et al. 2023 (arXiv 2303.08797), section 5.2; Liu et al. 2022 (arXiv 2209.03003), eq. 1.
     """
-    return Interpolant(lambda t: (1 - t, t, gamma(t)))
+    return lambda t: (1 - t, t, gamma(t))
 
 
 def trigonometric(gamma: Scalar = jnp.zeros_like) -> Interpolant:
@@ -96,7 +91,7 @@ def trigonometric(gamma: Scalar = jnp.zeros_like) -> Interpolant:
         rest = jnp.sqrt(1 - noise**2)
         return rest * jnp.cos(0.5 * jnp.pi * t), rest * jnp.sin(0.5 * jnp.pi * t), noise
 
-    return Interpolant(path)
+    return path
 
 
 def encoding_decoding() -> Interpolant:
@@ -109,7 +104,7 @@ def encoding_decoding() -> Interpolant:
         signal, zero = jnp.cos(jnp.pi * t) ** 2, jnp.zeros_like(t)
         return jnp.where(t < 0.5, signal, zero), jnp.where(t < 0.5, zero, signal), sine_squared(t)
 
-    return Interpolant(path)
+    return path
 
 
 def one_sided(process: Process) -> Interpolant:
@@ -123,13 +118,13 @@ def one_sided(process: Process) -> Interpolant:
         alpha, sigma = process.marginal(t)
         return alpha, jnp.zeros_like(t), sigma
 
-    return Interpolant(path)
+    return path
 
 
 def coefficients(interpolant: Interpolant, t: Array) -> Coefficients:
     """Return the scalars at t and their derivatives, by one jvp."""
     t = jnp.asarray(t, jnp.result_type(t, 1.0))
-    values, slopes = jax.jvp(interpolant.path, (t,), (jnp.ones_like(t),))
+    values, slopes = jax.jvp(interpolant, (t,), (jnp.ones_like(t),))
     return Coefficients(*values, *slopes)
 
 
@@ -140,14 +135,14 @@ def interpolate(interpolant: Interpolant, x0: Array, x1: Array, z: Array, t: Arr
       ValueError: shapes that disagree.
     """
     _check(x0, x1, z)
-    c = coefficients(interpolant, batch_time(t, x0))
-    return lincomb((c.a, x0), (c.b, x1), (c.gamma, z))
+    a, b, gamma = interpolant(batch_time(t, x0))
+    return lincomb((a, x0), (b, x1), (gamma, z))
 
 
 def velocity(interpolant: Interpolant, x0: Array, x1: Array, z: Array, t: Array) -> Array:
     """Return dx_t/dt = a' x0 + b' x1 + gamma' z, the regression target of the velocity.
 
-    Albergo et al. 2023 (arXiv 2303.08797), eq. 2.10.
+    Albergo et al. 2023 (arXiv 2303.08797), section 2.2.
 
     Raises:
       ValueError: shapes that disagree.
@@ -169,8 +164,8 @@ def loss(
 ) -> Array:
     """Return mean_event |field(x_t, t) - target|^2 for each example; the target is `velocity` or z.
 
-    Least for the conditional means E[target | x_t] (Albergo et al. 2023, arXiv 2303.08797, eqs. 2.13 and 2.19, up to
-    terms that do not depend on the field).
+    Least for the conditional means E[target | x_t]: the quadratic objectives of Albergo et al. 2023 (arXiv
+    2303.08797), section 2.2, up to terms that do not depend on the field.
 
     Args:
       keys: one key per example, shape (batch,), or one key; z_i is drawn from key i alone.
@@ -200,19 +195,14 @@ def loss(
 def score(interpolant: Interpolant, noise: Field) -> Field:
     """Return the field grad log p_t(x) = -E[z | x_t = x] / gamma; not defined where gamma = 0.
 
-    Albergo et al. 2023 (arXiv 2303.08797), eq. 2.14.
+    Albergo et al. 2023 (arXiv 2303.08797), theorem 2.8.
     """
 
     def field(x, t):
-        c = coefficients(interpolant, batch_time(t, x))
-        return lincomb((-1 / c.gamma, call(noise, x, t)))
+        _, _, gamma = interpolant(batch_time(t, x))
+        return lincomb((-1 / gamma, call(noise, x, t)))
 
     return field
-
-
-def flow(velocity: Field) -> SDE:
-    """Return the ODE dx/dt = velocity(x, t), in either direction (Albergo et al. 2023, arXiv 2303.08797, eq. 2.32)."""
-    return SDE(velocity)
 
 
 def stochastic(
@@ -226,7 +216,8 @@ def stochastic(
     """Return an SDE with the marginals of the path: drift velocity -+ w^2/2 score, diffusion w.
 
     Minus to arrive at x0 by decreasing times, as all samplers of jdiff do; plus to arrive at x1 by increasing ones.
-    Albergo et al. 2023 (arXiv 2303.08797), eqs. 2.33 and 2.35, w^2 = 2 epsilon.
+    Without noise it is the ODE `SDE(velocity)`, good for both directions. Albergo et al. 2023 (arXiv 2303.08797),
+    section 2.3, where w^2 = 2 epsilon.
 
     Args:
       interpolant: the path.
@@ -244,7 +235,7 @@ def stochastic(
 
     def scalars(t):
         """Return w and w^2 / (2 gamma)."""
-        gamma = coefficients(interpolant, t).gamma
+        _, _, gamma = interpolant(t)
         if diffusion is None:
             return gamma, 0.5 * gamma
         w = diffusion(t)
