@@ -9,10 +9,10 @@ protocol "song2021" <solver> is song2021_<predictor>_<corrector>; it and the ada
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from experiments import build, checks, cli, model, pictures, samplers, search_grid, song2021
 from experiments.artefacts import Run
+from experiments.parts import Parts
 from experiments.processes import primary, wait_for_all
 from jdiff import data, parallel, solvers
 from jdiff import sample as draw_samples
@@ -45,40 +46,18 @@ def sample(config: ConfigDict, run: Run) -> np.ndarray:
       FloatingPointError: values that are not finite; on a grid the first step that gave them is named.
     """
     c = config.sampling
-    source = data.load(config.data.name, config.data.train)
-    trained = model.load(config, run, source)
-    described = trained.model
-    labels = _labels(config, described)
-    mesh = parallel.data_mesh(jax.local_devices())
-    size = min(c.batch_size, c.number)
-    name = solver_name(config)
-    placed, spread, ts = trained, jnp.asarray, None
-    if mesh.size > 1 and config.protocol == "jdiff":
-        size = -(-size // mesh.size) * mesh.size
-        placed = trained._replace(
-            params=parallel.replicate(trained.params, mesh), statistics=parallel.replicate(trained.statistics, mesh)
-        )
-        spread = lambda index: parallel.shard_batch(index, mesh)
-    if config.protocol == "song2021":
-        draw = _song2021(config, described)
-    elif c.solver in samplers.ADAPTIVE:
-        draw = _adaptive(config, described)
-    else:
-        ts = search_grid.read(config, run, trained.step) if c.grid == samplers.SEARCHED else samplers.grid(config)
-        draw = _draw(config, described, ts)
-
+    sampler = drawing(config, run)
+    described, name = sampler.trained.model, solver_name(config)
     key = jax.random.key(c.seed)
     label = f"_class{c.label}" if c.label.isdecimal() else ""
-    firsts = range(0, c.number, size)
-    several = len(firsts) > 1 or jax.process_count() > 1
-    parts = _Parts(run, f"samples_{name}{label}", config, trained, ts, size) if several else None
-    mine = [n for n in range(jax.process_index(), len(firsts), jax.process_count()) if not (parts and parts.has(n))]
+    total = -(-c.number // sampler.size)
+    several = total > 1 or jax.process_count() > 1
+    parts = Parts(run, f"samples_{name}{label}", sampler.depends) if several else None
+    mine = [n for n in range(jax.process_index(), total, jax.process_count()) if not (parts and parts.has(n))]
     done = {}
     quiet = not (sys.stderr.isatty() and primary())
     for n in tqdm(mine, desc=f"sample {name}", unit="batch", disable=quiet):
-        index = spread(np.arange(firsts[n], firsts[n] + size, dtype=np.int32))
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
-        x, path, times = draw(placed.params, placed.statistics, keys, None if labels is None else labels(index))
+        x, path, times = sampler.batch(n, key)
         if config.protocol == "song2021":
             if not bool(jnp.isfinite(x).all()):
                 raise FloatingPointError(f"{name} gave samples that are not finite; use more sampling.steps")
@@ -90,11 +69,11 @@ def sample(config: ConfigDict, run: Run) -> np.ndarray:
                 file = run / f"trajectory_{name}{label}.png"
                 pictures.grid(file, strip, described.transform.levels, columns=_STRIP_TIMES + 1)
         if parts:
-            parts.write(n, images)
+            parts.write(n, images=images)
         else:
             done[n] = images
     wait_for_all("the last samples")
-    images = np.concatenate([parts.read(n) if parts else done[n] for n in range(len(firsts))])[: c.number]
+    images = np.concatenate([parts.read(n)["images"] if parts else done[n] for n in range(total)])[: c.number]
     wait_for_all("all samples read")
     if not primary():
         return images
@@ -102,44 +81,74 @@ def sample(config: ConfigDict, run: Run) -> np.ndarray:
     columns = described.classes if c.label == "cycle" else None
     pictures.grid(run / f"samples_{name}{label}.png", images[:_SHOWN], levels, columns=columns)
     packed = io.BytesIO()
-    np.savez_compressed(packed, images=images, levels=levels, seed=c.seed, step=trained.step)
+    np.savez_compressed(packed, images=images, levels=levels, seed=c.seed, step=sampler.trained.step)
     run.write(f"samples_{name}{label}.npz", packed.getvalue())
     if parts:
         parts.remove()
     return images
 
 
-class _Parts:
-    """Finished batches, one file each, until all are there: a run that was killed goes on with those missing.
+class Drawing(NamedTuple):
+    """All that batches of samples are drawn with."""
 
-    The folder's name has a digest of all that the images depend on, so that batches of other settings are never mixed.
+    trained: model.Trained
+    """Placed where the samples are drawn."""
+    draw: Callable
+    """(params, statistics, keys, labels) -> (samples in model space, states at a few times or None, these times)."""
+    labels: Callable | None
+    """index -> labels, or None."""
+    spread: Callable
+    """index (batch,) -> the same, spread over the devices."""
+    size: int
+    """Of a batch."""
+    depends: list
+    """What the samples depend on besides their number, as JSON."""
+
+    def batch(self, n: int, key: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """Return `draw` of batch n: image i has the key fold_in(key, i)."""
+        index = self.index(n)
+        labels = None if self.labels is None else self.labels(index)
+        return self.draw(self.trained.params, self.trained.statistics, self.keys(n, key), labels)
+
+    def index(self, n: int) -> jax.Array:
+        """Return the numbers of the images in batch n."""
+        return self.spread(np.arange(n * self.size, (n + 1) * self.size, dtype=np.int32))
+
+    def keys(self, n: int, key: jax.Array) -> jax.Array:
+        """Return the keys of batch n."""
+        return jax.vmap(lambda i: jax.random.fold_in(key, i))(self.index(n))
+
+
+def drawing(config: ConfigDict, run: Run) -> Drawing:
+    """Return the sampler of a trained model, in batches of config.sampling.batch_size at most (rounded up to devices).
+
+    Raises:
+      FileNotFoundError: nothing has been trained here.
+      ValueError: a folder of another configuration, a label that the data do not have, no searched grid.
     """
-
-    def __init__(self, run, name, config, trained, ts, size):
-        settings = {k: v for k, v in config.sampling.to_dict().items() if k != "number"}
-        grid = None if ts is None else np.asarray(ts).tolist()
-        depends = [config.protocol, settings, size, model.digest(trained), grid]
-        digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:8]
-        self._folder = run / f"{name}-{digest}.parts"
-        self._run = run
-        self._folder.mkdir(parents=True, exist_ok=True)
-
-    def _name(self, n):
-        return f"{self._folder.name}/{n:06d}.npy"
-
-    def has(self, n):
-        return (self._run / self._name(n)).exists()
-
-    def write(self, n, images):
-        packed = io.BytesIO()
-        np.save(packed, images, allow_pickle=False)
-        self._run.write(self._name(n), packed.getvalue())
-
-    def read(self, n):
-        return np.load(io.BytesIO((self._run / self._name(n)).read_bytes()), allow_pickle=False)
-
-    def remove(self):
-        self._folder.rmtree(missing_ok=True)
+    c = config.sampling
+    trained = model.load(config, run, data.load(config.data.name, config.data.train))
+    described = trained.model
+    labels = _labels(config, described)
+    mesh = parallel.data_mesh(jax.local_devices())
+    size = min(c.batch_size, c.number)
+    digest, spread, ts = model.digest(trained), jnp.asarray, None
+    if mesh.size > 1 and config.protocol == "jdiff":
+        size = -(-size // mesh.size) * mesh.size
+        trained = trained._replace(
+            params=parallel.replicate(trained.params, mesh), statistics=parallel.replicate(trained.statistics, mesh)
+        )
+        spread = lambda index: parallel.shard_batch(index, mesh)
+    if config.protocol == "song2021":
+        draw = _song2021(config, described)
+    elif c.solver in samplers.ADAPTIVE:
+        draw = _adaptive(config, described)
+    else:
+        ts = search_grid.read(config, run, trained.step) if c.grid == samplers.SEARCHED else samplers.grid(config)
+        draw = _draw(config, described, ts)
+    settings = {k: v for k, v in c.to_dict().items() if k != "number"}
+    depends = [config.protocol, settings, size, digest, None if ts is None else np.asarray(ts).tolist()]
+    return Drawing(trained, draw, labels, spread, size, depends)
 
 
 def solver_name(config: ConfigDict) -> str:

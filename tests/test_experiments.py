@@ -26,6 +26,7 @@ from experiments import (
     likelihood,
     model,
     objectives,
+    parts,
     report,
     sample,
     samplers,
@@ -339,22 +340,22 @@ def test_an_image_depends_on_its_number_alone(done):
 def test_sampling_that_was_killed_goes_on_with_the_missing_batches(done, tmp_path, monkeypatch):
     whole = sample.sample(_config(sampling__number=20, sampling__batch_size=8), done)
     assert not list(done.path.glob("*.parts"))
-    drawn, write = [], sample._Parts.write
+    drawn, write = [], parts.Parts.write
 
-    def writing(self, n, images):
+    def writing(self, n, **arrays):
         drawn.append(n)
         if len(drawn) == 2:
             raise KeyboardInterrupt
-        write(self, n, images)
+        write(self, n, **arrays)
 
-    monkeypatch.setattr(sample._Parts, "write", writing)
+    monkeypatch.setattr(parts.Parts, "write", writing)
     with pytest.raises(KeyboardInterrupt):
         sample.sample(_config(sampling__number=20, sampling__batch_size=8), done)
     np.testing.assert_array_equal(sample.sample(_config(sampling__number=20, sampling__batch_size=8), done), whole)
     assert drawn == [0, 1, 1, 2]
     # Of another seed, or of batches of another size on other devices, nothing is taken over.
-    trained = model.load(_config(), done, data.load("digits", "train"))
-    folders = {sample._Parts(done, "a", _config(), trained, None, size)._folder for size in (8, 12, 8)}
+    configs = [_config(sampling__number=20, sampling__batch_size=size) for size in (8, 12, 8)]
+    folders = {parts.Parts(done, "a", sample.drawing(config, done).depends).folder for config in configs}
     assert len(folders) == 2
     for folder in folders:
         folder.rmtree()
