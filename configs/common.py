@@ -29,7 +29,7 @@ def defaults() -> ConfigDict:
     c.network.cells = 0  # of precondition "levels": neighbouring levels merged into so many cells; 0: none merged
 
     c.loss = ConfigDict()
-    c.loss.name = "denoising"  # at continuous times; ddpm, smld: at the discrete ones of Song et al. 2021
+    c.loss.name = "denoising"  # at continuous times; ddpm, smld: at the discrete ones of Song et al. 2021; classifier
     c.loss.scales = 1000  # of ddpm and smld: the number of times
     c.loss.reduce_mean = True  # mean over the image; False: half the sum, as published for VE
     c.loss.weight = ConfigDict({"name": "unit", "options": ConfigDict()})

@@ -32,9 +32,10 @@ NETWORKS = {
     "ddpmpp": nn.ddpmpp,
     "ncsnpp": nn.ncsnpp,
     "ncsnv2": nn.ncsnv2,
+    "wide_resnet": nn.WideResNet,  # a classifier
 }
 # What they embed where nothing else is asked for; the others: smooth.
-EMBEDDINGS = {"ddpm": "positional", "ncsnpp": "fourier", "ncsnv2": "positional"}
+EMBEDDINGS = {"ddpm": "positional", "ncsnpp": "fourier", "ncsnv2": "positional", "wide_resnet": "fourier"}
 PRECONDITIONS = ("none", "scalar", "pixel", "levels")
 
 
@@ -99,6 +100,15 @@ def network(config: ConfigDict, channels: int, levels: int, classes: int | None)
             raise ValueError(f"network {name} has no option {option!r}; it has {', '.join(known)}")
     if "dtype" in options:
         options["dtype"] = pick({"float32": jnp.float32, "bfloat16": jnp.bfloat16}, options["dtype"], "network dtype")
+    if (make is nn.WideResNet) != (config.loss.name == "classifier"):
+        need = 'loss.name = "classifier" and network.name = "wide_resnet" need each other'
+        raise ValueError(f"{need}, got {config.loss.name!r} and {name!r}")
+    if make is nn.WideResNet:
+        if classes is None:
+            raise ValueError(f"a classifier needs labels, and {config.data.name} has none")
+        if config.network.conditional or config.network.precondition != "none":
+            raise ValueError('a classifier needs network.conditional = false and network.precondition = "none"')
+        options["num_classes"] = classes
     if config.network.precondition == "levels":
         options["out_channels"] = channels * cells(config, levels)
     if config.network.conditional:

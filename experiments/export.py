@@ -35,7 +35,13 @@ def export(config: ConfigDict, run: Run, out: str, *, step: int | None = None) -
         raise ValueError(f"--out must end in .safetensors, got {out}")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {file.parent}")
-    trained = model.load(config, run, data.load(config.data.name, config.data.train), step=step)
+    trained = model.load(
+        config,
+        run,
+        data.load(config.data.name, config.data.train),
+        step=step,
+        classifier=config.loss.name == "classifier",
+    )
     paths, _ = jax.tree_util.tree_flatten_with_path({"params": trained.params, "statistics": trained.statistics})
     flat = {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in paths}
     records = {

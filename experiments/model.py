@@ -118,13 +118,18 @@ def digest(trained: Trained) -> str:
     return h.hexdigest()[:12]
 
 
-def load(config: ConfigDict, run: Run, source: data.Source, *, step: int | None = None) -> Trained:
+def load(
+    config: ConfigDict, run: Run, source: data.Source, *, step: int | None = None, classifier: bool = False
+) -> Trained:
     """Return the averaged parameters of the newest good checkpoint, or of that step.
 
     Raises:
       FileNotFoundError: nothing has been trained in this folder.
-      ValueError: the folder is of another configuration.
+      ValueError: the folder is of another configuration; it holds a classifier, or none where `classifier` is wanted.
     """
+    if classifier != (config.loss.name == "classifier"):
+        found, wanted = ("a generative model", "a classifier") if classifier else ("a classifier", "a generative model")
+        raise ValueError(f"{run.path} holds {found}, and this needs {wanted} (loss.name = {config.loss.name!r})")
     run.match(config)
     model = describe(config, source)
     like = {"ema": shapes(config, model), "statistics": statistics_shapes(config, model)}

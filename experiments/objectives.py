@@ -73,7 +73,8 @@ def loss(config: ConfigDict, module, statistics: dict, data_transform: DataTrans
 
     Stratified times are spread over the global batch, config.training.batch_size, whatever the mapping. loss.name
     "ddpm" and "smld" draw one of loss.scales discrete times for each example instead (see `song2021`); loss.reduce_mean
-    = False gives half the sum over the image, not the mean.
+    = False gives half the sum over the image, not the mean. "classifier" is the cross entropy of the label given x_t,
+    with the accuracy among its metrics.
     """
     forward_process = process(config)
     weight, draw = weighting(config), training_times(config)
@@ -95,6 +96,9 @@ def loss(config: ConfigDict, module, statistics: dict, data_transform: DataTrans
             objective = functools.partial(OBJECTIVES[config.loss.name], scales=scales, reduce_mean=reduce_mean)
             return objective(forward_process, trained, x0, labels, eps), {}
         t, importance = draw(batch["key"], forward_process, batch["index"], total)
+        if config.loss.name == "classifier":
+            error, correct = losses.classification(_fold(keys, 2), trained, forward_process, x0, t, batch["label"])
+            return error * importance.astype(error.dtype), {"accuracy": correct}
         error = losses.denoising(
             _fold(keys, 2), trained, forward_process, x0, t, predict=config.network.predict, weight=weight
         )
@@ -116,10 +120,10 @@ def _known_options(function, group, path, given):
 def check_objective(config: ConfigDict) -> None:
     """Raise ValueError for a loss that the process, the prediction or the other fields do not fit."""
     name, forward_process = config.loss.name, process(config)
-    pick(("denoising", *OBJECTIVES), name, "loss.name")
+    pick(("denoising", "classifier", *OBJECTIVES), name, "loss.name")
     if config.loss.scales < 2:
         raise ValueError(f"loss.scales must be 2 or more, got {config.loss.scales}")
-    if name == "denoising":
+    if name in ("denoising", "classifier"):
         return
     wanted = dict(zip(("process.name", "network.predict"), _DISCRETE[name]))
     wanted |= {"loss.weight.name": "sigma2", "loss.times.name": "uniform"}

@@ -50,10 +50,22 @@ def loss_curve(file: pathlib.Path, lines: list[dict]) -> None:
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
             axes.plot(*zip(*points), style, label=label, markersize=3, linewidth=1)
-    axes.set(xlabel="step", ylabel="loss", title="Denoising loss")
+    axes.set(xlabel="step", ylabel="loss", title="Training loss")
     values = [line[name] for line in lines for name in ("loss", "validation_loss") if name in line]
     if values and min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    _save(figure, file)
+
+
+def accuracy(file: pathlib.Path, rows: list[dict], classes: int, split: str) -> None:
+    """Write a classifier's accuracy over t, with standard errors, and what guessing gives."""
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    t, right, errors = ([row[name] for row in rows] for name in ("t", "accuracy", "accuracy_error"))
+    axes.errorbar(t, right, errors, fmt="o-", markersize=3, capsize=2)
+    axes.axhline(1 / classes, color="0.6", linestyle="--", linewidth=1, label="guessing")
+    axes.set(xlabel="t", ylabel="accuracy", title=f"Accuracy of the label given x_t, {split}", ylim=(0, 1.02))
     axes.legend()
     axes.grid(alpha=0.3)
     _save(figure, file)

@@ -156,7 +156,7 @@ def _train(config, run, manager, lock, mesh, described, source, validation, stri
                 }
                 clock, seen, pending = now, step, []
                 if validating:
-                    line["validation_loss"] = validate(state.ema)
+                    line |= {f"validation_{name}": value for name, value in validate(state.ema).items()}
                     clock = time.perf_counter()
                 if metrics:
                     metrics.write(step, line)
@@ -268,7 +268,7 @@ def _finite(pending, run):
 
 
 def _validation(config, described, statistics, source, key, mesh):
-    """Return ema -> mean denoising loss over the validation split with the same noise and times each time."""
+    """Return ema -> mean loss, and means of its metrics, over the validation split: same noise and times each time."""
     if source is None:
         return None
     size = min(config.training.batch_size, len(source))
@@ -278,15 +278,17 @@ def _validation(config, described, statistics, source, key, mesh):
     batches = list(itertools.islice(data.evaluation_batches(source, size, **share), 8))
 
     @jax.jit
-    def mean_loss(params, batch):
+    def sums_of(params, batch):
         keys = training.example_keys(key, 0, batch["index"])
         batch = {**batch, "key": training.shared_key(key, 0)}
-        loss, _ = loss_fn(params, keys, batch)
-        return jnp.where(batch["mask"], loss, 0).sum(), batch["mask"].sum()
+        loss, metrics = loss_fn(params, keys, batch)
+        total = lambda value: jnp.where(batch["mask"], value, 0).sum()
+        return jax.tree.map(total, {"loss": loss, **metrics}), batch["mask"].sum()
 
     def validate(params):
-        sums = jax.device_get([mean_loss(params, parallel.shard_batch(batch, mesh)) for batch in batches])
-        return float(sum(s for s, _ in sums) / sum(n for _, n in sums))
+        parts = jax.device_get([sums_of(params, parallel.shard_batch(batch, mesh)) for batch in batches])
+        count = sum(n for _, n in parts)
+        return {name: float(sum(sums[name] for sums, _ in parts) / count) for name in parts[0][0]}
 
     return validate
 

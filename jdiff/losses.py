@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from jdiff._array import batch_time, call, check_array, example_keys, expand, mean_event, normal_like
@@ -17,7 +18,7 @@ from jdiff._typing import Array, Field, Key, Kind, Process
 from jdiff.predictions import check_kind, coefficients
 from jdiff.processes import perturb, rates
 
-__all__ = ["Weighting", "denoising", "edm", "likelihood", "min_snr", "sigma2", "snr", "unit"]
+__all__ = ["Weighting", "classification", "denoising", "edm", "likelihood", "min_snr", "sigma2", "snr", "unit"]
 
 Weighting = Callable[[Process, Array, Kind], Array]
 
@@ -134,6 +135,50 @@ def denoising(
     if out.shape != x0.shape:
         raise ValueError(f"the field must return the shape of x, {x0.shape}; got {out.shape}")
     return weight(process, t, predict) * mean_event((out - target) ** 2).astype(t.dtype)
+
+
+def classification(
+    keys: Key,
+    logits: Callable[[Array, Array], Array],
+    process: Process,
+    x0: Array,
+    t: Array,
+    label: Array,
+) -> tuple[Array, Array]:
+    """Return (-log p(label | x_t), whether label is the likeliest) for each example, x_t = alpha x_0 + sigma eps.
+
+    What trains a classifier for guidance (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4; Song et al. 2021, arXiv
+    2011.13456, appendix I.1). Noise is drawn as in `denoising`.
+
+    Args:
+      keys: one key per example, shape (batch,), or one key; eps_i is drawn from key i alone.
+      logits: (x, t) -> (batch, classes), log p(y | x_t = x) up to a constant.
+      process: the forward process.
+      x0: data in model space, shape (batch, *event).
+      t: times, scalar or (batch,).
+      label: integers (batch,), in [0, classes); others give NaN.
+
+    Returns:
+      Cross entropies in nats, in at least float32, and 1 where the label has the largest logit, else 0; both (batch,).
+
+    Raises:
+      ValueError: shapes that disagree.
+      TypeError: x0 not floating point, labels not integer, keys not typed threefry keys.
+    """
+    batch = check_array(x0, "x0")
+    t = batch_time(t, x0)
+    label = jnp.asarray(label)
+    if not jnp.issubdtype(label.dtype, jnp.integer):
+        raise TypeError(f"label must be integers, got {label.dtype}")
+    if label.shape != (batch,):
+        raise ValueError(f"label must have shape ({batch},), one per example, got {label.shape}")
+    x = perturb(process, x0, normal_like(example_keys(keys, batch), x0), t)
+    out = logits(x, t.astype(x.dtype))
+    if out.ndim != 2 or out.shape[0] != batch:
+        raise ValueError(f"logits must have shape ({batch}, classes), got {out.shape}")
+    wide = out.astype(jnp.promote_types(out.dtype, jnp.float32))
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(wide), label[:, None], axis=1, mode="fill")[:, 0]
+    return -chosen, (jnp.argmax(wide, axis=1) == label).astype(wide.dtype)
 
 
 def _det(process, t, predict):

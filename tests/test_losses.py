@@ -227,3 +227,43 @@ def test_bad_input():
         losses.min_snr(0)
     with pytest.raises(ValueError, match="sigma_data must be positive, got -1"):
         losses.edm(-1)
+
+
+@pytest.mark.parametrize("name", ["vp", "rectified"])
+def test_classification_is_the_cross_entropy_of_the_label_given_x_t(name):
+    """With the exact posterior of two Gaussian classes: -log p(y | x_t) and the larger of the two."""
+    process, t = PROCESSES[name], jnp.asarray([0.02, 0.4, 0.7, 0.9])
+    keys = jax.random.split(jax.random.key(3), 4)
+    x0 = jnp.asarray([[-1.0, 0.2], [0.8, 1.1], [-0.3, 0.1], [1.4, -0.6]], jnp.float32)
+    label = jnp.asarray([0, 1, 1, 0])
+    means = np.asarray([[-1.0, 0.0], [1.0, 0.5]])
+
+    def logits(x, t):
+        alpha, sigma = process.marginal(t)
+        scale = (alpha**2 * 0.25 + sigma**2)[:, None]
+        distance = x[:, None, :] - alpha[:, None, None] * jnp.asarray(means, x.dtype)[None]
+        return -0.5 * jnp.sum(distance**2, axis=-1) / scale + jnp.asarray([3.0, 3.0])[None]  # up to a constant
+
+    loss, correct = jax.jit(lambda: losses.classification(keys, logits, process, x0, t, label))()
+    for i in range(4):
+        alpha, sigma = (float(c) for c in process.marginal(t[i]))
+        x = alpha * np.asarray(x0[i]) + sigma * np.asarray(jax.random.normal(keys[i], (2,)))
+        density = [np.exp(-0.5 * np.sum((x - alpha * m) ** 2) / (alpha**2 * 0.25 + sigma**2)) for m in means]
+        np.testing.assert_allclose(loss[i], -np.log(density[int(label[i])] / sum(density)), rtol=1e-3)
+        assert bool(correct[i]) == (np.argmax(density) == int(label[i]))
+    assert set(np.asarray(correct)) == {0.0, 1.0}
+
+
+def test_classification_names_mistakes():
+    process, keys, x0 = jdiff.VP(), jax.random.split(jax.random.key(0), 2), jnp.zeros((2, 3))
+    logits = lambda x, t: jnp.zeros((2, 5))
+    bad = [
+        (TypeError, "integers, got float32", logits, jnp.zeros(2)),
+        (ValueError, r"shape \(2,\)", logits, jnp.zeros(3, jnp.int32)),
+        (ValueError, r"logits must have shape \(2, classes\)", lambda x, t: x[0], jnp.zeros(2, jnp.int32)),
+    ]
+    for error, match, field, label in bad:
+        with pytest.raises(error, match=match):
+            losses.classification(keys, field, process, x0, 0.5, label)
+    loss, _ = losses.classification(keys, logits, process, x0, 0.5, jnp.asarray([4, 5]))
+    np.testing.assert_allclose(loss, [np.log(5), np.nan], rtol=1e-6)

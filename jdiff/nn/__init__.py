@@ -6,6 +6,7 @@ from jdiff.nn.mlp import ResidualMLP
 from jdiff.nn.ncsnv2 import NCSNv2, ncsnv2
 from jdiff.nn.transformer import PatchTransformer
 from jdiff.nn.unet import UNet, ddpm, ddpmpp, ncsnpp
+from jdiff.nn.wide_resnet import WideResNet
 
 __all__ = [
     "Conditioning",
@@ -13,6 +14,7 @@ __all__ = [
     "PatchTransformer",
     "ResidualMLP",
     "UNet",
+    "WideResNet",
     "as_field",
     "ddpm",
     "ddpmpp",
