@@ -1,5 +1,6 @@
 """Nothing lost: kills, signals, full disks, damage, two owners, remote folders: what docs/reliability.md promises."""
 
+import errno
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import fsspec
@@ -224,6 +226,42 @@ def test_a_disk_that_stays_full(place, undisturbed, tmp_path):
         assert state_of(run) == state_of(undisturbed)
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_folder_that_is_read_only_for_a_while(tmp_path, monkeypatch):
+    """No folder can be made: each save says so and leaves what is there; the first one afterwards succeeds."""
+    closed, mkdir = [False], os.mkdir
+
+    def making(path, *args, **options):
+        if closed[0] and str(tmp_path) in os.fspath(path):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), os.fspath(path))
+        return mkdir(path, *args, **options)
+
+    monkeypatch.setattr(os, "mkdir", making)
+    before = set(threading.enumerate())
+    values = {"params": {"a": jnp.arange(8.0)}}
+    with checkpoint.open_manager(str(tmp_path / "steps")) as manager:
+
+        def attempt(step):
+            checkpoint.save(manager, step, jax.tree.map(lambda leaf: leaf + step, values))
+            manager.wait_until_finished()
+
+        attempt(1)
+        closed[0] = True
+        for step in (2, 3):
+            with pytest.raises(checkpoint.SaveError, match=f"step {step} could not be written .*Read-only file system"):
+                attempt(step)
+            np.testing.assert_array_equal(checkpoint.restore(manager, values)["params"]["a"], np.arange(8.0) + 1)
+        # Threads that still wait for the folders would keep the process at its end for ten minutes.
+        end = time.monotonic() + 5
+        waiting = lambda: [t.name for t in threading.enumerate() if t not in before and not t.daemon]
+        while waiting() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not waiting()
+        closed[0] = False
+        attempt(4)
+        np.testing.assert_array_equal(checkpoint.restore(manager, values)["params"]["a"], np.arange(8.0) + 4)
+        assert list(manager.all_steps()) == [1, 4]
 
 
 # One owner -----------------------------------------------------------------------------------------------------------
