@@ -20,6 +20,7 @@ from configs.common import defaults
 from experiments import checks
 from experiments.artefacts import Run
 from experiments.lock import LockedError
+from experiments.processes import wait_for_all
 from jdiff import parallel
 from jdiff.checkpoint import DamagedCheckpointError
 
@@ -59,6 +60,9 @@ def main(run: Callable[[ConfigDict, Run], int | None], *, evaluation: bool = Fal
             parallel.start_processes(
                 values.coordinator, values.processes, values.process, detect=values.detect, heartbeat=values.heartbeat
             )
+            if jax.distributed.is_initialized():
+                # All are here. CPU devices that meet first after work of different length give up after 30 s.
+                wait_for_all("the start")
             if evaluation and jax.process_count() > 1:
                 # JAX took it as a notice of pre-emption, which evaluations need not wait for: what is done is kept.
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)

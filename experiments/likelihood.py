@@ -32,7 +32,7 @@ from experiments import build, cli, errors, model, pictures, song2021
 from experiments.artefacts import Run, read_json, read_jsonl
 from experiments.compilation import compiler_options
 from experiments.errors import summarise
-from experiments.processes import primary, wait_for_all
+from experiments.processes import primary, together, wait_for_all
 from experiments.records import Pair, Records
 from jdiff import bounds, data, dequantisation, log_likelihood, parallel, times
 
@@ -300,9 +300,9 @@ class _Evaluation:
             size = self._batch_size
             batches = [mine[first : first + size] for first in range(0, len(mine), size)]
             todo = [pair for batch in batches if any(pair not in there for pair in batch) for pair in batch]
-        if todo and not self._merge:
-            self._compute(todo, method, files.writer())
-        wait_for_all(f"records of {method.name}")
+        with together(f"records of {method.name}"):  # the others finish their parts, which are kept
+            if todo and not self._merge:
+                self._compute(todo, method, files.writer())
         there = files.read()
         missing = sum(pair not in there for pair in pairs)
         self.missing += missing

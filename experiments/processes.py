@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ def wait_for_all(what: str) -> None:
 
 @contextlib.contextmanager
 def together(what: str):
-    """A context that all processes leave together: where it fails in one, it fails in all.
+    """A context that all processes leave together: where it fails in one, it fails in all, after what they do in it.
 
     Raises:
       ChildProcessError: in the others; it says which process to look at.
@@ -33,6 +34,8 @@ def together(what: str):
     except Exception as error:
         fault = error
     if jax.process_count() > 1:
+        if fault is not None:  # said at once: the others may have work to finish before they are here
+            print(f"{what}: {type(fault).__name__}: {fault}", file=sys.stderr, flush=True)
         failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(fault is not None)))
         if failed.size and fault is None:
             raise ChildProcessError(f"{what}: failed in process {', '.join(map(str, failed))}, which says why")

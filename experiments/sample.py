@@ -24,7 +24,7 @@ from tqdm import tqdm
 from experiments import build, checks, cli, model, pictures, samplers, search_grid, song2021
 from experiments.artefacts import Run
 from experiments.parts import Parts
-from experiments.processes import primary, wait_for_all
+from experiments.processes import primary, together, wait_for_all
 from jdiff import data, parallel, solvers
 from jdiff import sample as draw_samples
 from jdiff.processes import prior_sample
@@ -56,23 +56,23 @@ def sample(config: ConfigDict, run: Run) -> np.ndarray:
     mine = [n for n in range(jax.process_index(), total, jax.process_count()) if not (parts and parts.has(n))]
     done = {}
     quiet = not (sys.stderr.isatty() and primary())
-    for n in tqdm(mine, desc=f"sample {name}", unit="batch", disable=quiet):
-        x, path, times = sampler.batch(n, key)
-        if config.protocol == "song2021":
-            if not bool(jnp.isfinite(x).all()):
-                raise FloatingPointError(f"{name} gave samples that are not finite; use more sampling.steps")
-            images = song2021.levels(x, described.transform)
-        else:
-            images = np.asarray(described.transform.inverse(x))
-            if n == 0 and path is not None:
-                strip = _strip(config, described, path, times, x)
-                file = run / f"trajectory_{name}{label}.png"
-                pictures.grid(file, strip, described.transform.levels, columns=_STRIP_TIMES + 1)
-        if parts:
-            parts.write(n, images=images)
-        else:
-            done[n] = images
-    wait_for_all("the last samples")
+    with together("samples"):  # the others finish theirs, which are kept
+        for n in tqdm(mine, desc=f"sample {name}", unit="batch", disable=quiet):
+            x, path, times = sampler.batch(n, key)
+            if config.protocol == "song2021":
+                if not bool(jnp.isfinite(x).all()):
+                    raise FloatingPointError(f"{name} gave samples that are not finite; use more sampling.steps")
+                images = song2021.levels(x, described.transform)
+            else:
+                images = np.asarray(described.transform.inverse(x))
+                if n == 0 and path is not None:
+                    strip = _strip(config, described, path, times, x)
+                    file = run / f"trajectory_{name}{label}.png"
+                    pictures.grid(file, strip, described.transform.levels, columns=_STRIP_TIMES + 1)
+            if parts:
+                parts.write(n, images=images)
+            else:
+                done[n] = images
     images = np.concatenate([parts.read(n)["images"] if parts else done[n] for n in range(total)])[: c.number]
     wait_for_all("all samples read")
     if not primary():

@@ -19,9 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils.epath import backend
+from jax.experimental import multihost_utils
 
 from experiments import lock, pictures, records
 from experiments.artefacts import Metrics, Run, read_json, read_jsonl
+from experiments.processes import together
 from jdiff import checkpoint, data, parallel, training
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -262,6 +264,44 @@ def test_a_folder_that_is_read_only_for_a_while(tmp_path, monkeypatch):
         attempt(4)
         np.testing.assert_array_equal(checkpoint.restore(manager, values)["params"]["a"], np.arange(8.0) + 4)
         assert list(manager.all_steps()) == [1, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+@pytest.mark.parametrize("again", [True, False])
+def test_a_run_whose_folder_becomes_read_only(place, undisturbed, tmp_path, again):
+    """Writable again, the run saves and is the undisturbed one; else it ends with code 2, and a restart goes on."""
+    run = Run(str(tmp_path / "run"))
+    folder = str(run.path)
+    process = start(place, run.path)
+    wait_for_step(process, run, 12)
+    process.send_signal(signal.SIGSTOP)
+    # Over itself: files that are open, as those of TensorBoard, would forbid to remount a file system.
+    if subprocess.run(["mount", "--bind", folder, folder], capture_output=True).returncode:
+        process.kill()
+        process.communicate()
+        pytest.skip("may not mount")
+    closed, said = True, ""
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        process.send_signal(signal.SIGCONT)
+        for line in process.stdout:
+            said += line
+            if again and closed and said.count("tried again at the next save") == 2:
+                subprocess.run(["umount", folder], check=True)
+                closed = False
+        assert process.wait(timeout=30) == (0 if again else 2), said
+    finally:
+        process.kill()
+        process.stdout.close()
+        if closed:
+            subprocess.run(["umount", folder], check=True)
+    assert re.search(r"could not be written to .*checkpoints: .*Read-only file system.*tried again", said), said
+    if not again:
+        assert "SaveError: step 60 could not be written" in said
+        code, out = finish(start(place, run.path))
+        assert code == 0, out
+    same_run(run, undisturbed)
 
 
 # One owner -----------------------------------------------------------------------------------------------------------
@@ -540,3 +580,80 @@ def test_a_process_that_dies_stops_the_others(place, tmp_path):
         process.kill()
         process.communicate()
     assert min(line["step"] for line in read_jsonl(run / "metrics.jsonl")) == 3
+
+
+FAILS_IN_THE_MIDDLE = """
+import runpy, sys
+from experiments.records import Records
+
+writer, sys.argv = Records.writer, ["likelihood", *sys.argv[1:]]
+
+def failing(self):
+    write, left = writer(self), [2]
+
+    def third(records):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError("the cable is out")
+        write(records)
+
+    return third
+
+Records.writer = failing
+runpy.run_module("experiments.likelihood", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_loses_a_process(place, undisturbed, tmp_path):
+    """One of two is killed, then one fails: the other ends and says so; one process ends it with the same number."""
+    settings = {"likelihood.images": 192, "likelihood.batch_size": 8, "likelihood.tolerance_images": 0}
+    runs = [Run(str(tmp_path / name)) for name in ("alone", "broken")]
+    for run in runs:
+        shutil.copytree(undisturbed.path, run.path)
+    alone, run = runs
+    program = lambda run: ["-m", "experiments.likelihood", "--workdir", str(run.path)]
+    records = lambda n: [
+        line for file in run.path.glob(f"likelihood_test-*.{n}-of-2.jsonl") for line in read_jsonl(file)[1:]
+    ]
+    processes = several(place, run.path, 2, program=program(run), **settings)
+    while len(records(1)) < 16 and processes[1].poll() is None:
+        time.sleep(0.01)
+    processes[1].kill()
+    killed = time.monotonic()
+    code, out = finish(processes[0], timeout=60)
+    processes[1].communicate()
+    assert code != 0 and time.monotonic() - killed < 40
+    assert re.search(r"heartbeat|another task died|Gloo|connection|peer", out, re.IGNORECASE), out
+    assert 16 <= len(records(1)) < 96
+
+    broken = ["-c", FAILS_IN_THE_MIDDLE, "--workdir", str(run.path)]
+    flags = [arg for arg in processes[0].args if arg.startswith(("--coordinator", "--processes", "--heartbeat"))]
+    first = start(place, run.path, *flags, "--process=0", program=program(run), devices=2, **settings)
+    second = start(place, run.path, *flags, "--process=1", program=broken, devices=2, **settings)
+    before = len(records(1))
+    (code, out), (failed, said) = finish_all([first, second])
+    assert code == failed == 2 and "the cable is out" in said, (out, said)
+    assert "records of bits/dim: failed in process 1, which says why" in out, out
+    assert len(records(0)) == 96 and len(records(1)) == before + 16
+
+    numbers = []
+    for which in (run, alone):
+        code, out = finish(start(place, which.path, program=program(which), devices=2, **settings))
+        assert code == 0, out
+        numbers.append(read_json(which / "likelihood_test.json")["bits_per_dim"])
+    assert numbers[0] == numbers[1]
+
+
+def test_where_one_process_fails_all_fail(monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda fault: np.asarray([False, True, bool(fault)]))
+    with pytest.raises(ChildProcessError, match="samples: failed in process 1, which says why"), together("samples"):
+        pass
+    assert capsys.readouterr().err == ""
+    with pytest.raises(OSError, match=r"^full$"), together("samples"):
+        raise OSError("full")
+    assert capsys.readouterr().err == "samples: OSError: full\n"
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda fault: np.asarray([bool(fault)] * 3))
+    with together("samples"):
+        pass
