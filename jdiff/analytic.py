@@ -17,7 +17,7 @@ from jax.scipy.stats import norm
 from jdiff._array import batch_time, example_keys, expand, sum_event
 from jdiff._typing import Array, Field, Key, Process
 
-__all__ = ["Analytic", "gaussian", "gaussian_mixture"]
+__all__ = ["Analytic", "correlated_gaussian", "gaussian", "gaussian_mixture"]
 
 
 class Analytic(NamedTuple):
@@ -72,6 +72,28 @@ def gaussian(process: Process, mean: Array, std: Array | float) -> Analytic:
         return jax.vmap(lambda k: mean + std * jax.random.normal(k, mean.shape, mean.dtype))(keys)
 
     return Analytic(denoise, score, log_prob, flow, sample)
+
+
+def correlated_gaussian(process: Process, mean: Array, covariance: Array) -> Analytic:
+    """Return the closed forms for x_0 ~ N(mean, covariance), mean (D,), covariance (D, D): `gaussian` along its axes.
+
+    Raises:
+      ValueError: shapes that do not fit.
+    """
+    mean, covariance = jnp.asarray(mean), jnp.asarray(covariance)
+    if mean.ndim != 1 or covariance.shape != mean.shape * 2:
+        raise ValueError(f"mean (D,) and covariance (D, D) are needed, got {mean.shape} and {covariance.shape}")
+    variances, axes = jnp.linalg.eigh(covariance)
+    product = lambda x, matrix: jnp.matmul(x, matrix.astype(x.dtype), precision="highest")
+    turn, back = (lambda x: product(x, axes)), (lambda x: product(x, axes.T))
+    own = gaussian(process, product(mean[None], axes)[0], jnp.sqrt(jnp.maximum(variances, 0)))
+    return Analytic(
+        denoise=lambda x, t: back(own.denoise(turn(x), t)),
+        score=lambda x, t: back(own.score(turn(x), t)),
+        log_prob=lambda x, t: own.log_prob(turn(x), t),
+        flow=lambda x, t, s: back(own.flow(turn(x), t, s)),
+        sample=lambda key, batch: back(own.sample(key, batch)),
+    )
 
 
 def gaussian_mixture(process: Process, weights: Array, means: Array, stds: Array | float) -> Analytic:

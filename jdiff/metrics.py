@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import check_array
+from jdiff._array import check_array, mean_event
 from jdiff._typing import Array
 
-__all__ = ["energy_distance", "frechet_distance", "gaussian_kl", "gaussian_w2"]
+__all__ = ["energy_distance", "frechet_distance", "gaussian_kl", "gaussian_w2", "psnr"]
 
 
 def energy_distance(x: Array, y: Array) -> Array:
@@ -79,6 +79,23 @@ def gaussian_kl(mean: Array, covariance: Array, other_mean: Array, other_covaria
     _, log_det = jnp.linalg.slogdet(ratio)
     shift = solve((other_mean - mean)[:, None])
     return 0.5 * (jnp.trace(ratio) + jnp.sum(shift**2) - len(mean) - log_det)
+
+
+def psnr(x: Array, y: Array, peak: float) -> Array:
+    """Return the peak signal-to-noise ratio 10 log10(peak^2 / mean (x - y)^2) of each pair, (batch,), in decibels.
+
+    Args:
+      x: images, shape (batch, *event).
+      y: images of that shape.
+      peak: the range of their values: 255 for bytes, 2 for [-1, 1].
+
+    Raises:
+      ValueError: shapes that differ.
+    """
+    check_array(x)
+    if x.shape != y.shape:
+        raise ValueError(f"x and y must have one shape, got {x.shape} and {y.shape}")
+    return 10 * jnp.log10(peak**2 / mean_event((x - y) ** 2))
 
 
 def _check_gaussians(mean, covariance, other_mean, other_covariance):

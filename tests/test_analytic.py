@@ -153,3 +153,26 @@ def test_bad_input():
         mixture.flow(jnp.ones((2, 3)), 0.1, 0.2)
     with pytest.raises(TypeError, match="typed key"):
         mixture.sample(jax.random.PRNGKey(0), 2)
+
+
+def test_correlated_gaussian_against_scipy_and_its_diagonal_case(x64):
+    """log_prob by SciPy, the score by its derivative, the denoiser by Tweedie, the flow by conserved probability."""
+    process, root = jdiff.SubVP(), np.array([[0.8, 0.0], [0.5, 0.3]])
+    mean, covariance = np.array([0.4, -0.2]), root @ root.T
+    data = analytic.correlated_gaussian(process, mean, covariance)
+    x = jax.random.normal(jax.random.key(0), (3, 2), jnp.float64)
+    for t in (0.05, 0.6):
+        alpha, sigma = numbers(process, t)
+        law = scipy.stats.multivariate_normal(alpha * mean, alpha**2 * covariance + sigma**2 * np.eye(2))
+        np.testing.assert_allclose(data.log_prob(x, jnp.asarray(t)), law.logpdf(x))
+        score = jax.grad(lambda x, t=t: data.log_prob(x, jnp.asarray(t)).sum())(x)
+        np.testing.assert_allclose(data.score(x, jnp.asarray(t)), score, rtol=1e-9)
+        np.testing.assert_allclose(data.denoise(x, jnp.asarray(t)), (x + sigma**2 * score) / alpha, rtol=1e-7)
+    moved = lambda x: data.flow(x[None], jnp.asarray(0.05), jnp.asarray(0.6))[0]
+    log_det = jnp.linalg.slogdet(jax.vmap(jax.jacfwd(moved))(x))[1]
+    change = data.log_prob(x, jnp.asarray(0.05)) - data.log_prob(jax.vmap(moved)(x), jnp.asarray(0.6))
+    np.testing.assert_allclose(change, log_det, rtol=1e-9)
+    samples = np.asarray(data.sample(jax.random.key(1), 4000))
+    np.testing.assert_allclose(np.cov(samples.T), covariance, atol=4 * covariance.max() * np.sqrt(2 / 4000))
+    with pytest.raises(ValueError, match="covariance"):
+        analytic.correlated_gaussian(process, mean, np.eye(3))

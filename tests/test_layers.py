@@ -21,6 +21,8 @@ ROOMS = {
         ["sampling", "likelihood", "grid_search"],
         BELOW | {"processes", "predictions", "sde", "solvers", "guidance", "losses"},
     ),
+    "operators": BELOW,
+    **dict.fromkeys(["control", "editing"], BELOW | {"processes", "solvers", "operators"}),
     "levels": BELOW | {"processes", "predictions"},
     "saturation": BELOW | {"processes", "predictions", "guidance"},
     "bounds": BELOW | {"processes", "predictions", "sde", "losses", "transforms"},

@@ -89,3 +89,12 @@ def test_bad_input(function):
             other(jnp.ones(3), jnp.ones(3), jnp.ones(3), jnp.eye(3))
     with pytest.raises(TypeError, match="floating point"):
         function(jnp.ones((3, 2), int), jnp.ones((3, 2)))
+
+
+def test_psnr(x64):
+    x = jnp.array([[[0.0, 1.0]], [[1.0, 1.0]]])
+    y = jnp.array([[[0.1, 0.9]], [[1.0, 0.0]]])
+    np.testing.assert_allclose(metrics.psnr(x, y, 1.0), [20.0, 10 * np.log10(2)])
+    np.testing.assert_allclose(metrics.psnr(2 * x, 2 * y, 2.0), metrics.psnr(x, y, 1.0))
+    with pytest.raises(ValueError, match="one shape"):
+        metrics.psnr(x, y[:1], 1.0)
