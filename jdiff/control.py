@@ -6,8 +6,8 @@ formula). A guided x0-field is
     x_0 + scale Cov[x_0 | x_t] A^T u,    (Cov[y | x_t]) u = y - A(x_0),
 
 that is x_0 + sigma^2 / alpha grad log p(y | x_t), and the methods differ in what they take for Cov[y | x_t]. x0-fields
-go in and come out, since scores say nothing where alpha = 0; other kinds by `jdiff.reparameterise`. One forward pass and
-one linearisation of the field an evaluation.
+go in and come out, since scores say nothing where alpha = 0; other kinds by `jdiff.reparameterise`. An evaluation is one
+forward pass and one linearisation of the field.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def moment_matching(
 ) -> Field:
     """Return guidance by the field's own covariance: Cov[y | x_t] = A (sigma^2 / alpha J^T) A^T + std^2 I.
 
-    Rozet et al. 2024 (arXiv 2405.13712), section 4.2; the covariance of Boys et al. 2023 (arXiv 2310.06721) without their
-    diagonal approximation. Exact for Gaussian data, whatever their covariance, at every t. Conjugate gradients of
+    Rozet et al. 2024 (arXiv 2405.13712), section 4.2; the covariance of Boys et al. 2023 (arXiv 2310.06721) without
+    their diagonal approximation. Exact for Gaussian data, whatever their covariance, at every t. Conjugate gradients of
     `iterations` steps: iterations + 1 vjps of one linearisation. A trained network's J is neither symmetric nor
     positive, and then few iterations are steadier than many.
 

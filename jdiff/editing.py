@@ -1,4 +1,4 @@
-"""Control of the state: parts of x_t replaced on the way, starts from a given x_0, changes made in the flow's latent."""
+"""Control of the state: parts of x_t replaced on the way, starts from a given x_0, changes in the flow's latent."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def _walk(steps, resamples, jump):
     for start in range(0, steps, jump):
         end = min(start + jump, steps)
         down = [(n, n + 1) for n in range(start, end)]
-        pairs += (down + [(end, start)]) * (resamples - 1) + down
+        pairs += [*down, (end, start)] * (resamples - 1) + down
     return np.asarray(pairs)
 
 

@@ -1,6 +1,6 @@
 """Linear measurements y = A x + std n: the operators A of inverse problems, their adjoints and regularised inverses.
 
-All act on batches. An operator is built where it is used, inside a traced function, with masks and kernels as arguments.
+All act on batches. An operator is made of functions: build it inside the traced function that has its mask or kernel.
 """
 
 from __future__ import annotations

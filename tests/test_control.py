@@ -193,7 +193,7 @@ def test_moment_matching_samples_the_posterior(x64, eta):
 
 
 def test_dps_and_pseudoinverse_are_biased(x64):
-    """Where the data are correlated neither samples the posterior: DPS is overconfident. docs/control.md has numbers."""
+    """Of correlated data neither samples the posterior; DPS is overconfident (docs/control.md has numbers)."""
     process = jdiff.VP()
     data = analytic.correlated_gaussian(process, MEAN, COVARIANCE)
     mean, covariance = posterior(MATRIX, Y, STD)
