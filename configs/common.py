@@ -101,6 +101,17 @@ def defaults() -> ConfigDict:
     c.sampling.last_corrector = False  # of unipc: one evaluation more, the last step corrected too
     c.sampling.snr = 0.16  # of the Langevin corrector
     c.sampling.corrector_steps = 1
+    # Of --task (docs/control.md); variances and lengths are those of model space.
+    c.sampling.control = ConfigDict()
+    c.sampling.control.method = "default"  # pseudoinverse, moment_matching, dps, replacement, repaint; sdedit, latent
+    c.sampling.control.scale = 1.0  # of the guidance; of dps: the length of a guidance step
+    c.sampling.control.noise = 0.05  # standard deviation of what is measured
+    c.sampling.control.least = 0.05  # alpha/sigma below which pseudoinverse and moment_matching ask no field
+    c.sampling.control.iterations = 3  # of moment_matching's conjugate gradients
+    c.sampling.control.resamples = 5  # of repaint
+    c.sampling.control.jump = 5  # of repaint, in steps
+    c.sampling.control.strength = 0.7  # of sdedit: where it starts, as a part of all time
+    c.sampling.control.factor = 4  # of superres
     # Of protocol "song2021": euler_maruyama, reverse_diffusion, ancestral_sampling, none or ode; none, langevin or ald.
     c.sampling.predictor = "euler_maruyama"
     c.sampling.corrector = "none"

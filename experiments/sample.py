@@ -2,9 +2,11 @@
 
     python -m experiments.sample --workdir runs/digits [--solver heun] [--steps 32] [--number 64] [--seed 0] [--class 3]
     python -m experiments.sample --workdir runs/digits --protocol song2021 --set sampling.predictor=ode
+    python -m experiments.sample --workdir runs/digits --task inpaint --input image.png --mask mask.png
 
 Writes samples_<solver>.png and .npz, and trajectory_<solver>.png: the first samples on their way from noise. With
 protocol "song2021" <solver> is song2021_<predictor>_<corrector>; it and the adaptive solvers leave no trajectory.
+--task (inpaint, colorize, superres, edit) is `experiments.tasks`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import build, checks, cli, model, pictures, samplers, search_grid, song2021
+from experiments import build, checks, cli, model, pictures, samplers, search_grid, song2021, tasks
 from experiments.artefacts import Run
 from experiments.parts import Parts
 from experiments.processes import primary, together, wait_for_all
@@ -86,6 +88,21 @@ def sample(config: ConfigDict, run: Run) -> np.ndarray:
     if parts:
         parts.remove()
     return images
+
+
+def controlled(config: ConfigDict, run: Run, task: str, image: str | None, mask: str | None) -> np.ndarray:
+    """Draw images of a task of `experiments.tasks`, and write its files.
+
+    Raises:
+      FileNotFoundError: nothing has been trained here, or a file is not there.
+      ValueError: settings or files that do not fit.
+      FloatingPointError: samples that are not finite.
+    """
+    if image is None:
+        raise ValueError(f"--task {task} needs --input: an image file")
+    tasks.check(config, task, mask)
+    trained = model.load(config, run, data.load(config.data.name, config.data.train))
+    return tasks.run(config, run, trained, _labels(config, trained.model), task, image, mask)
 
 
 class Drawing(NamedTuple):
@@ -316,6 +333,10 @@ def main() -> None:
     flags.DEFINE_integer("number", None, "instead of sampling.number")
     flags.DEFINE_integer("seed", None, "instead of sampling.seed")
     flags.DEFINE_string("class", None, "instead of sampling.label: a class, cycle or null")
+    flags.DEFINE_enum("task", None, sorted(tasks.METHODS), "samples controlled by an image")
+    flags.DEFINE_string("input", None, "of --task: the image")
+    flags.DEFINE_string("mask", None, "of --task: an image whose white part is filled in or edited")
+    flags.DEFINE_string("method", None, "of --task, instead of sampling.control.method")
 
     def run(config, folder):
         for flag, field in (
@@ -327,7 +348,14 @@ def main() -> None:
         ):
             if flags.FLAGS[flag].value is not None:
                 config.sampling[field] = flags.FLAGS[flag].value
+        values = flags.FLAGS
+        config.sampling.control.method = values.method or config.sampling.control.method
         checks.check(config)
+        if values.task is not None:
+            controlled(config, folder, values.task, values.input, values.mask)
+            return
+        if unused := [f"--{name}" for name in ("input", "mask", "method") if values[name].value is not None]:
+            raise ValueError(f"{', '.join(unused)}: of --task only, which is missing")
         images = sample(config, folder)
         name = solver_name(config)
         if not primary():

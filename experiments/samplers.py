@@ -120,10 +120,12 @@ def grid(config: ConfigDict, name: str | None = None) -> jax.Array:
     return make(forward_process, config.sampling.steps, t_min=config.sampling.t_min or None, t_max=t_max)
 
 
-def solver(config: ConfigDict, trained: jdiff.Field, noise: solvers.Noise = solvers.white) -> solvers.Solver:
-    """Return the solver named in config.sampling for a field of the kind config.network.predict."""
+def solver(
+    config: ConfigDict, trained: jdiff.Field, noise: solvers.Noise = solvers.white, *, predict: jdiff.Kind | None = None
+) -> solvers.Solver:
+    """Return the solver named in config.sampling for a field of the kind predict, or config.network.predict."""
     make = pick(SOLVERS, config.sampling.solver, "sampling.solver")
-    return make(process(config), trained, config.network.predict, config.sampling, noise)
+    return make(process(config), trained, predict or config.network.predict, config.sampling, noise)
 
 
 def adaptive(config: ConfigDict, trained: jdiff.Field, keys, x, ends, noise: solvers.Noise = solvers.white):

@@ -6,8 +6,8 @@ formula). A guided x0-field is
     x_0 + scale Cov[x_0 | x_t] A^T u,    (Cov[y | x_t]) u = y - A(x_0),
 
 that is x_0 + sigma^2 / alpha grad log p(y | x_t), and the methods differ in what they take for Cov[y | x_t]. x0-fields
-go in and come out, since scores say nothing where alpha = 0; other kinds by `jdiff.reparameterise`. An evaluation is one
-forward pass and one linearisation of the field.
+go in and come out, since scores say nothing where alpha = 0; other kinds by `jdiff.reparameterise`. An evaluation is
+one forward pass and one linearisation of the field.
 """
 
 from __future__ import annotations
