@@ -26,7 +26,19 @@ class Classifier(nn.Module):
 
 
 def train(steps: int = 1500, batch: int = 128):
-    """Train with noise of random strength on half of each batch; return images -> features, and test accuracy.
+    """Return images, uint8 -> features, and the test accuracy, of a classifier trained now (see `_fit`)."""
+    apply, accuracy = _fit(steps, batch)
+    return lambda images: apply(images)[1], accuracy
+
+
+def classifier(steps: int = 1500, batch: int = 128):
+    """Return images, uint8 -> logits, and the test accuracy, of a classifier trained now (see `_fit`)."""
+    apply, accuracy = _fit(steps, batch)
+    return lambda images: apply(images)[0], accuracy
+
+
+def _fit(steps, batch):
+    """Train with noise of random strength on half of each batch; return images -> (logits, features), and accuracy.
 
     Generated images are never quite clean: a classifier that saw no noise would see little else in them.
     """
@@ -57,6 +69,5 @@ def train(steps: int = 1500, batch: int = 128):
             carry, scaled(source["image"][index]), jnp.asarray(source["label"][index], jnp.int32), jax.random.key(n)
         )
     apply = jax.jit(lambda images: module.apply(carry[0], images))
-    features = lambda images: apply(scaled(images))[1]
     right = np.mean(np.argmax(np.asarray(apply(scaled(test["image"]))[0]), axis=1) == test["label"])
-    return features, float(right)
+    return lambda images: apply(scaled(images)), float(right)
