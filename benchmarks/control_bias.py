@@ -67,7 +67,7 @@ def main() -> None:
     data = analytic.correlated_gaussian(process, jnp.asarray(MEAN, jnp.float32), jnp.asarray(COVARIANCE, jnp.float32))
 
     def samples(solver, key):
-        if isinstance(solver, tuple):
+        if not isinstance(solver, solvers.Solver):
             keys = jax.random.split(key, n)
             start, own = (jax.vmap(jax.random.fold_in, (0, None))(keys, i) for i in (0, 1))
             x = jdiff.processes.prior_sample(start, process, y.shape)
