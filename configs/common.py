@@ -103,7 +103,7 @@ def defaults() -> ConfigDict:
     c.sampling.corrector_steps = 1
     # Of --task (docs/control.md); variances and lengths are those of model space.
     c.sampling.control = ConfigDict()
-    c.sampling.control.method = "default"  # pseudoinverse, moment_matching, dps, replacement, repaint; sdedit, latent
+    c.sampling.control.method = "default"  # moment_matching, pseudoinverse, dps, replacement, repaint; sdedit, latent
     c.sampling.control.scale = 1.0  # of the guidance; of dps: the length of a guidance step
     c.sampling.control.noise = 0.05  # standard deviation of what is measured
     c.sampling.control.least = 0.05  # alpha/sigma below which pseudoinverse and moment_matching ask no field

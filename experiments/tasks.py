@@ -29,7 +29,7 @@ from experiments.model import Model, Trained
 from jdiff import control, editing, operators, solvers
 from jdiff.processes import prior_sample
 
-_POSTERIOR = ("pseudoinverse", "moment_matching", "dps", "replacement", "repaint")
+_POSTERIOR = ("moment_matching", "pseudoinverse", "dps", "replacement", "repaint")
 # Task -> methods, the default first.
 METHODS = {"inpaint": _POSTERIOR, "colorize": _POSTERIOR, "superres": _POSTERIOR, "edit": ("sdedit", "latent")}
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF")

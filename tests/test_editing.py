@@ -97,18 +97,22 @@ def test_repaint_comes_nearer_to_the_posterior_than_replacement(x64):
     assert rest(repainted) < 0.5 * rest(replaced)
 
 
-def test_repaint_without_a_measurement_samples_the_prior(x64):
-    """Going back by noise and down again keeps the law of x_t: a wrong ratio or spread would not."""
+def test_repaint_without_a_measurement_keeps_the_law_of_x_t(x64):
+    """Between two times in the middle, from an exact start: a wrong ratio or spread on the way back would be seen."""
     operator, y = operators.mask(jnp.zeros((1, 4)), (4,)), jnp.zeros((4000, 4))
     solver = solvers.heun(jdiff.probability_flow(PROCESS, DATA().denoise, predict="x0"))
+    ts = jnp.linspace(0.5, 0.25, 25)
 
     @jax.jit
     def run(key):
         keys = jax.random.split(key, 4000)
-        x = jax.vmap(lambda k: jax.random.normal(k, (4,), jnp.float64))(keys)
-        return editing.repaint(keys, PROCESS, solver, operator, y, x, grid(60), resamples=3, jump=20)
+        x0, eps = DATA().sample(keys, 4000), solvers.white(jax.random.split(keys[0], 4000), y, ts[0], ts[0])
+        x = jdiff.processes.perturb(PROCESS, x0, eps, ts[0])
+        return editing.repaint(keys, PROCESS, solver, operator, y, x, ts, resamples=4, jump=12)
 
-    assert max(standard_errors(np.asarray(run(jax.random.key(0))), MEAN, COVARIANCE)) < 4
+    alpha, sigma = (float(c) for c in PROCESS.marginal(ts[-1]))
+    law = alpha * MEAN, alpha**2 * COVARIANCE + sigma**2 * np.eye(4)
+    assert max(standard_errors(np.asarray(run(jax.random.key(0))), *law)) < 4
 
 
 def test_the_walk_of_repaint():
