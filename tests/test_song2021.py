@@ -472,7 +472,7 @@ def test_objective_of_a_configuration(name, reduce_mean, monkeypatch):
         seen.update(x=np.float64(x), t=np.float64(t))
         return 0.3 * x
 
-    monkeypatch.setattr(build, "field", lambda *args, **options: field)
+    monkeypatch.setattr(objectives, "field", lambda *args, **options: field)
     transform = DataTransform(256, centered=c.data.centered)
     images = np.random.default_rng(0).integers(0, 256, (64, 4, 4, 1), dtype=np.uint8)
     loss_fn = objectives.loss(c, None, {}, transform)
@@ -514,7 +514,7 @@ def test_labels_are_all_of_the_scales(name):
     seen = []
     of = lambda x, t: seen.append(t) or x
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "field", lambda *args, **options: of)
+        patch.setattr(objectives, "field", lambda *args, **options: of)
         images = jnp.zeros((300, 1, 1, 1), jnp.uint8)
         batch = {"image": images, "index": jnp.arange(300), "key": jax.random.key(2)}
         objectives.loss(c, None, {}, DataTransform())(None, jax.random.split(jax.random.key(1), 300), batch)
