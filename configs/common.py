@@ -104,7 +104,7 @@ def defaults() -> ConfigDict:
     # Of --task (docs/control.md); variances and lengths are those of model space.
     c.sampling.control = ConfigDict()
     c.sampling.control.method = "default"  # moment_matching, pseudoinverse, dps, replacement, repaint; sdedit, latent
-    c.sampling.control.scale = 1.0  # of the guidance; of dps: the length of a guidance step
+    c.sampling.control.scale = 0.0  # of the guidance; 0: 1, of dps 2 (superres: 10), the length of a step
     c.sampling.control.noise = 0.05  # standard deviation of what is measured
     c.sampling.control.least = 0.05  # alpha/sigma below which pseudoinverse and moment_matching ask no field
     c.sampling.control.iterations = 3  # of moment_matching's conjugate gradients

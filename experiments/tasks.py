@@ -151,6 +151,7 @@ def draw(config: ConfigDict, described: Model, task: str, method: str):
     """Return (params, statistics, keys, labels, y, known) -> samples, a pure function."""
     c, process, ts = config.sampling, build.process(config), samplers.grid(config)
     o = c.control
+    scale = o.scale or (1.0 if method != "dps" else 10.0 if task == "superres" else 2.0)
 
     def drawn(params, statistics, keys, cond, y, known):
         field = samplers.guided(config, described.module, params, statistics, cond)
@@ -174,9 +175,9 @@ def draw(config: ConfigDict, described: Model, task: str, method: str):
         if method == "replacement":
             solver = editing.replacement(process, plain, operator, y, o.noise)
         elif method == "dps":
-            solver = control.dps_sampler(process, denoise, operator.forward, y, o.scale, eta=c.eta)
+            solver = control.dps_sampler(process, denoise, operator.forward, y, scale, eta=c.eta)
         else:
-            make, extra = getattr(control, method), {"scale": o.scale, "least": o.least}
+            make, extra = getattr(control, method), {"scale": scale, "least": o.least}
             extra |= {"iterations": o.iterations} if method == "moment_matching" else {}
             guided = make(process, denoise, operator, y, o.noise, **extra)
             solver, last = samplers.solver(config, guided, predict="x0"), guided if c.denoise else None

@@ -8,11 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdiff._array import batch_time, call, check_array, check_grid, example_keys, expand, fold_in, lincomb, sum_event
+from jdiff._array import (
+    batch_time,
+    call,
+    check_array,
+    check_grid,
+    coefficient_dtype,
+    example_keys,
+    expand,
+    fold_in,
+    lincomb,
+    select,
+    sum_event,
+)
 from jdiff._typing import Array, Field, Key, Process
 from jdiff.operators import LinearOperator, diagonal
 from jdiff.processes import perturb
-from jdiff.solvers.base import Noise, Solver, integrate, white
+from jdiff.solvers.base import Noise, Solver, State, integrate, white
 
 __all__ = ["edit_latent", "repaint", "replacement", "sdedit", "slerp"]
 
@@ -74,13 +86,14 @@ def repaint(
 
     After each time but the last the state goes back by noise, x_t = alpha_t / alpha_s x_s + sqrt(sigma_t^2 - (alpha_t
     sigma_s / alpha_s)^2) z, so that what was replaced and what was not come to agree. Lugmayr et al. 2022 (arXiv
-    2201.09865), alg. 1 with their jumps, which go back by one draw, as the law of several is. Steps: (len(ts) - 1)
-    resamples, in one `lax.scan`.
+    2201.09865), alg. 1 with their jumps, which go back by one draw, as the law of several is. Where y is noisy, an
+    example goes once only along stretches at whose end y says less than the state and is not written any more: going
+    them again would forget it. Steps: (len(ts) - 1) resamples, in one `lax.scan`.
 
     Args:
       key: one key, or one per example, shape (batch,).
       process: the forward process.
-      solver: of the unguided field; its memory starts anew after a jump.
+      solver: of the unguided field, a one-step method.
       operator: A, with its diagonal.
       y: the measurements; 0 where a mask hides them.
       x: initial state at ts[0], from the prior.
@@ -91,7 +104,8 @@ def repaint(
       noise: where unit normals come from.
 
     Raises:
-      ValueError: an operator whose A A^T is not diagonal, resamples or jump < 1, a grid that does not decrease.
+      ValueError: an operator whose A A^T is not diagonal, resamples or jump < 1, a grid that does not decrease, a
+        solver with memory.
     """
     if resamples < 1 or jump < 1:
         raise ValueError(f"repaint needs resamples >= 1 and jump >= 1, got {resamples} and {jump}")
@@ -104,16 +118,23 @@ def repaint(
         ratio = alpha_t / alpha_s
         z = noise(keys, state.x, s, t)
         spread = jnp.sqrt(jnp.maximum(sigma_t**2 - (ratio * sigma_s) ** 2, 0))
-        return solver.init(lincomb((ratio, state.x), (spread, z)))
+        return State(lincomb((ratio, state.x), (spread, z)))
 
     def move(state, inputs):
-        n, t, s = inputs
-        return jax.lax.cond(s < t, down, back, fold_in(keys, n), state, t, s), None
+        n, t, s, end, again = inputs
+        alpha, sigma = process.marginal(batch_time(end, x))
+        written = sigma**2 * largest >= (alpha * std) ** 2
+        moved = jax.lax.cond(s < t, down, back, fold_in(keys, n), state, t, s)
+        return State(select(written | ~again, moved.x, state.x)), None
 
-    pairs = _walk(len(ts) - 1, resamples, jump)
+    if jax.tree.leaves(solver.init(x).memory):
+        raise ValueError("repaint needs a solver without memory: what it remembers is gone after a jump")
+    gram = jnp.broadcast_to(diagonal(operator, y), y.shape)
+    largest = jnp.max(gram.reshape(len(gram), -1), axis=1).astype(coefficient_dtype(x))
+    walk = _walk(len(ts) - 1, resamples, jump)
     ts = jnp.asarray(ts)
-    inputs = jnp.arange(len(pairs)), ts[pairs[:, 0]], ts[pairs[:, 1]]
-    return jax.lax.scan(move, solver.init(x), inputs)[0].x
+    inputs = jnp.arange(len(walk)), *(ts[walk[:, i]] for i in range(3)), jnp.asarray(walk[:, 3] > 0)
+    return jax.lax.scan(move, State(x), inputs)[0].x
 
 
 def sdedit(key: Key, process: Process, solver: Solver, x0: Array, ts: Array, *, denoise: Field | None = None) -> Array:
@@ -214,13 +235,18 @@ def _replacing(process, operator, y, std, noise):
 
 
 def _walk(steps, resamples, jump):
-    """Pairs of grid indices (from, to): each stretch of `jump` steps down, and from its end back to its start."""
-    pairs = []
+    """Rows (from, to, end of the stretch, times it was gone before), the first three as indices of the grid.
+
+    Each stretch of `jump` steps is gone down, and from its end back to its start.
+    """
+    rows = []
     for start in range(0, steps, jump):
         end = min(start + jump, steps)
         down = [(n, n + 1) for n in range(start, end)]
-        pairs += [*down, (end, start)] * (resamples - 1) + down
-    return np.asarray(pairs)
+        for again in range(resamples):
+            back = [(end, start)] if again else []
+            rows += [(*pair, end, again) for pair in back + down]
+    return np.asarray(rows)
 
 
 def _fold(keys, n):

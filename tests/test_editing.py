@@ -116,10 +116,30 @@ def test_repaint_without_a_measurement_keeps_the_law_of_x_t(x64):
 
 
 def test_the_walk_of_repaint():
-    pairs = editing._walk(5, 2, 2).tolist()
+    walk = editing._walk(5, 2, 2).tolist()
     want = "01 12 20 01 12 23 34 42 23 34 45 54 45"
-    assert " ".join(f"{a}{b}" for a, b in pairs) == want
-    assert editing._walk(3, 1, 2).tolist() == [[0, 1], [1, 2], [2, 3]]
+    assert " ".join(f"{a}{b}" for a, b, *_ in walk) == want
+    assert "".join(f"{end}" for *_, end, _ in walk) == "2222244444555"
+    assert "".join(f"{again}" for *_, again in walk) == "0011100111011"
+    assert editing._walk(3, 1, 2).tolist() == [[0, 1, 2, 0], [1, 2, 2, 0], [2, 3, 3, 0]]
+
+
+def test_repaint_goes_once_where_a_noisy_measurement_is_not_written(x64):
+    """One independent entry: with std 0.5 the posterior, as replacement alone has it; going on would forget y."""
+    data = analytic.gaussian(PROCESS, jnp.array([0.3]), 0.8)
+    operator, y = operators.mask(jnp.array([[1]]), (1,)), jnp.full((4000, 1), 1.5)
+    solver = solvers.ddim(PROCESS, data.denoise, 1.0)
+
+    @jax.jit
+    def run(key):
+        x = jdiff.processes.prior_sample(key, PROCESS, (4000, 1), jnp.float64)
+        return editing.repaint(key, PROCESS, solver, operator, y, x, grid(300), 0.5, resamples=4, jump=10)
+
+    wanted = posterior(np.eye(1), np.array([1.5]), 0.5, np.array([0.3]), np.array([[0.64]]))
+    x = np.asarray(run(jax.random.key(8)))
+    (mean, covariance), error = wanted, np.sqrt(wanted[1][0, 0] / 4000)
+    assert abs(x.mean() - mean[0]) < 4 * error
+    assert abs(x.var() / covariance[0, 0] - 1) < 0.12  # the prior's is 3.6 times as large
 
 
 def test_sdedit_moments(x64):
@@ -192,6 +212,18 @@ def test_a_sample_depends_on_its_own_key_and_measurement_alone():
             "is diagonal",
         ),
         (lambda: editing.slerp(jnp.ones((2, 3)), jnp.ones((1, 3)), 0.5), "one shape"),
+        (
+            lambda: editing.repaint(
+                jax.random.key(0),
+                PROCESS,
+                solvers.dpmpp_2m(PROCESS, lambda x, t: x),
+                operators.mask(jnp.ones((1, 3)), (3,)),
+                jnp.ones((2, 3)),
+                jnp.ones((2, 3)),
+                jnp.array([0.5, 0.1]),
+            ),
+            "without memory",
+        ),
         (lambda: editing.sdedit(jax.random.key(0), PROCESS, None, jnp.ones((2, 3)), jnp.array([0.1, 0.5])), "decrease"),
         (lambda: editing.edit_latent(None, jnp.ones((2, 3)), jnp.array([0.1, 0.5])), "decrease"),
         (
