@@ -107,6 +107,20 @@ def test_the_solved_velocity_converges_to_the_gradient():
     np.testing.assert_allclose(np.log2(np.divide(errors[:-1], errors[1:])), [2, 2], atol=0.1)
 
 
+def test_the_interpolated_field_keeps_linear_velocities(x64):
+    n, ts = 16, np.array([0.0, 0.1, 0.4, 1.0])
+    h = 2 * path.HALF / n
+    middles, faces = (np.arange(n) + 0.5) * h - path.HALF, np.arange(1, n) * h - path.HALF
+    vx = lambda x, y, t: 1 + 2 * x - 3 * y + 0.5 * t
+    vy = lambda x, y, t: -2 + x + 0.7 * y - 4 * t
+    along_x = vx(faces[None, :, None], middles[None, None], ts[:, None, None])
+    along_y = vy(middles[None, :, None], faces[None, None], ts[:, None, None])
+    x = np.random.default_rng(0).uniform(-path.HALF + h, path.HALF - h, size=(9, 2))
+    t = np.linspace(0, 1, 9)
+    got = path.interpolate(along_x, along_y, ts, h)(x, t)
+    np.testing.assert_allclose(got, np.stack([vx(*x.T, t), vy(*x.T, t)], axis=1), atol=1e-12)
+
+
 def test_particles_follow_the_chosen_paths(x64):
     found = path.measure(particles=1000, n=48, times=17, steps=50, plane_particles=10_000)
     numbers = found["numbers"]
@@ -139,7 +153,11 @@ def test_the_conditional_mean_sees_the_sign(x64, backwards):
     assert numbers["regression: chi2 / degrees of freedom"] > 10
 
 
-@pytest.mark.parametrize("name", common.PROCESSES)
+# An adaptive solve to compile for each: half of them are enough for the fast tests.
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("SubVP", "EDM", "Cosine")]
+
+
+@pytest.mark.parametrize("name", ["VP", "VE", "Rectified", *SLOW])
 def test_the_noise_of_the_reverse_process_keeps_the_marginals(x64, name):
     residual, mean, variance = marginals.laws(common.PROCESSES[name], etas=(0.0, 0.7, 2.0), points=16)
     assert residual < 1e-12

@@ -188,7 +188,7 @@ def draw(found: dict) -> plt.Figure:
         some = slice(n // 48, None, n // 24)
         middles = ((np.arange(n) + 0.5) * 2 * HALF / n - HALF)[some]
         top.quiver(middles, middles, *(f[some, some].T for f in flux), color="C3", pivot="mid", width=0.005)
-        top.set(title=f"2-D, t = {at['t']:.2g}: p and its flux p grad phi")
+        top.set(title=f"2-D, t = {at['t']:.2g}: p and its flux, to larger t")
         bottom.hist2d(*at["x"].T, bins=48, range=[(-HALF, HALF)] * 2, cmap="Blues", cmin=1)
         bottom.set(
             title=f"particles: chi2/dof = {at['chi2'] / at['cells']:.2f} (p = {_p_value(at):.2g})", aspect="equal"
