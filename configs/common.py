@@ -89,6 +89,15 @@ def defaults() -> ConfigDict:
     c.sampling.seed = 0
     c.sampling.label = "null"  # null: unconditional; cycle: image i of class i mod classes; or a class, "3"
     c.sampling.guidance = 1.0  # classifier-free scale; 1: none
+    c.sampling.negative = ""  # the class to go away from, "3"; empty: the null label
+    c.sampling.autoguidance = 1.0  # scale, away from a weaker model; 1: none
+    c.sampling.weak_workdir = ""  # its run folder; empty: this one
+    c.sampling.weak_step = 0  # its checkpoint; 0: the newest
+    c.sampling.classifier_workdir = ""  # of a noisy classifier that is followed to the label; empty: none
+    c.sampling.classifier_scale = 1.0
+    c.sampling.guidance_low = c.sampling.guidance_high = 0.0  # guided at times between only; high 0: up to t_max
+    c.sampling.guidance_rescale = 0.0  # share of the guided x0 that gets the spread of the unguided one
+    c.sampling.threshold = 0.0  # quantile of |x0| to which it is clipped and scaled back into the range; 0: none
     c.sampling.t_min = 0.0  # 0: the process's own
     c.sampling.denoise = True  # one last x0 prediction
     c.sampling.eta = 1.0  # stochasticity of ddim, dpmpp_2m_sde, dpmpp_3m_sde and of the reverse SDE

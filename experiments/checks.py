@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from experiments.build import NETWORKS, PRECONDITIONS, network, optimiser, pick, process
 from experiments.objectives import REMAT, check_objective, training_times, weighting
-from experiments.samplers import ADAPTIVE, GRIDS, SEARCHED, SOLVERS, check_protocol, grid, solver
+from experiments.samplers import ADAPTIVE, GRIDS, SEARCHED, SOLVERS, check_guidance, check_protocol, grid, solver
 from jdiff import predictions, sde
 
 
@@ -37,7 +37,6 @@ def check(config: ConfigDict) -> None:
         "sampling.rtol",
         "sampling.atol",
         "sampling.eta",
-        "sampling.guidance",
     ):
         group, name = path.split(".")
         if not 0 <= config[group][name] < math.inf:
@@ -53,6 +52,7 @@ def check(config: ConfigDict) -> None:
     training_times(config)
     check_objective(config)
     check_protocol(config)
+    check_guidance(config)
     pick(("jit", "shard_map", "pmap"), config.training.mapping, "training.mapping")
     pick(REMAT, config.training.remat, "training.remat")
     pick(("rademacher", "gaussian", "exact"), config.likelihood.divergence, "likelihood.divergence")

@@ -23,7 +23,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import build, checks, cli, model, pictures, samplers, search_grid, song2021, tasks
+from experiments import build, checks, cli, guides, model, pictures, samplers, search_grid, song2021, tasks
 from experiments.artefacts import Run
 from experiments.parts import Parts
 from experiments.processes import primary, together, wait_for_all
@@ -44,7 +44,8 @@ def sample(config: ConfigDict, run: Run) -> np.ndarray:
 
     Raises:
       FileNotFoundError: nothing has been trained here.
-      ValueError: a folder of another configuration, a label that the data do not have, no searched grid.
+      ValueError: a folder of another configuration, a label that the data do not have, no searched grid, a guide that
+        does not fit.
       FloatingPointError: values that are not finite; on a grid the first step that gave them is named.
     """
     c = config.sampling
@@ -111,13 +112,15 @@ class Drawing(NamedTuple):
     trained: model.Trained
     """Placed where the samples are drawn."""
     draw: Callable
-    """(params, statistics, keys, labels) -> (samples in model space, states at a few times or None, these times)."""
+    """(params, statistics, keys, labels, helpers) -> (samples in model space, states at a few times or None, these)."""
     labels: Callable | None
     """index -> labels, or None."""
     spread: Callable
     """index (batch,) -> the same, spread over the devices."""
     size: int
     """Of a batch."""
+    helpers: dict[str, guides.Guide]
+    """Models that guide this one, placed likewise."""
     depends: list
     """What the samples depend on besides their number, as JSON."""
 
@@ -125,7 +128,7 @@ class Drawing(NamedTuple):
         """Return `draw` of batch n: image i has the key fold_in(key, i)."""
         index = self.index(n)
         labels = None if self.labels is None else self.labels(index)
-        return self.draw(self.trained.params, self.trained.statistics, self.keys(n, key), labels)
+        return self.draw(self.trained.params, self.trained.statistics, self.keys(n, key), labels, self.helpers)
 
     def index(self, n: int) -> jax.Array:
         """Return the numbers of the images in batch n."""
@@ -141,20 +144,24 @@ def drawing(config: ConfigDict, run: Run) -> Drawing:
 
     Raises:
       FileNotFoundError: nothing has been trained here.
-      ValueError: a folder of another configuration, a label that the data do not have, no searched grid.
+      ValueError: a folder of another configuration, a label that the data do not have, no searched grid, a guide that
+        does not fit.
     """
     c = config.sampling
-    trained = model.load(config, run, data.load(config.data.name, config.data.train))
+    source = data.load(config.data.name, config.data.train)
+    trained, helpers = model.load(config, run, source), guides.load(config, run, source)
     described = trained.model
     labels = _labels(config, described)
     mesh = parallel.data_mesh(jax.local_devices())
     size = min(c.batch_size, c.number)
-    digest, spread, ts = model.digest(trained), jnp.asarray, None
+    digest = model.digest(trained._replace(statistics={**trained.statistics, **helpers}))
+    spread, ts = jnp.asarray, None
     if mesh.size > 1 and config.protocol == "jdiff":
         size = -(-size // mesh.size) * mesh.size
         trained = trained._replace(
             params=parallel.replicate(trained.params, mesh), statistics=parallel.replicate(trained.statistics, mesh)
         )
+        helpers = parallel.replicate(helpers, mesh)
         spread = lambda index: parallel.shard_batch(index, mesh)
     if config.protocol == "song2021":
         draw = _song2021(config, described)
@@ -165,7 +172,7 @@ def drawing(config: ConfigDict, run: Run) -> Drawing:
         draw = _draw(config, described, ts)
     settings = {k: v for k, v in c.to_dict().items() if k != "number"}
     depends = [config.protocol, settings, size, digest, None if ts is None else np.asarray(ts).tolist()]
-    return Drawing(trained, draw, labels, spread, size, depends)
+    return Drawing(trained, draw, labels, spread, size, helpers, depends)
 
 
 def solver_name(config: ConfigDict) -> str:
@@ -175,7 +182,7 @@ def solver_name(config: ConfigDict) -> str:
 
 
 def _draw(config, described, ts):
-    """Return (params, statistics, keys, cond) -> (samples, their states at a few times, these times).
+    """Return (params, statistics, keys, cond, helpers) -> (samples, their states at a few times, these times).
 
     Raises:
       FloatingPointError: from the function returned: a step or the last denoising gave values that are not finite.
@@ -183,8 +190,8 @@ def _draw(config, described, ts):
     c = config.sampling
 
     @jax.jit
-    def draw(params, statistics, keys, cond):
-        field = samplers.guided(config, described.module, params, statistics, cond)
+    def draw(params, statistics, keys, cond, helpers=None):
+        field = samplers.guided(config, described.module, params, statistics, cond, helpers)
         denoise = samplers.denoiser(config, field) if c.denoise else None
         x, path = draw_samples(
             keys,
@@ -214,7 +221,7 @@ def _draw(config, described, ts):
 
 
 def _adaptive(config, described):
-    """Return (params, statistics, keys, cond) -> (samples, None, None) by a solver that chooses its own steps.
+    """Return (params, statistics, keys, cond, helpers) -> (samples, None, None) by a solver that chooses its own steps.
 
     Raises:
       FloatingPointError: from the function returned: a solve that did not arrive.
@@ -224,8 +231,8 @@ def _adaptive(config, described):
     ends = grid[0], grid[-1]
 
     @jax.jit
-    def draw(params, statistics, keys, cond):
-        field = samplers.guided(config, described.module, params, statistics, cond)
+    def draw(params, statistics, keys, cond, helpers=None):
+        field = samplers.guided(config, described.module, params, statistics, cond, helpers)
         start, own = (jax.vmap(lambda key, n=n: jax.random.fold_in(key, n))(keys) for n in (0, 1))
         x = prior_sample(start, forward_process, (*keys.shape, *described.shape))
         # White noise, drawn anew for rejected tries, would bias the SDE's samples.
@@ -257,7 +264,7 @@ def _noise(config, keys, kind=None):
 
 
 def _song2021(config, described):
-    """Return (params, statistics, keys, cond) -> (samples by `song2021.pc_sampler` or `ode_sampler`, None, None).
+    """Return (params, statistics, keys, cond, helpers) -> (samples as `song2021` draws them, None, None).
 
     Raises:
       ValueError: the ODE sampler of a model of numbered scales.
@@ -268,17 +275,17 @@ def _song2021(config, described):
     if config.loss.name == "smld" and c.predictor == "ode":
         raise ValueError('sampling.predictor = "ode" needs a model of continuous times, not loss.name = "smld"')
 
-    def score(x, t, params, statistics, cond):
-        field = samplers.guided(config, described.module, params, statistics, cond)
+    def score(x, t, params, statistics, cond, helpers):
+        field = samplers.guided(config, described.module, params, statistics, cond, helpers)
         return song2021.score_fn(forward_process, field, config.network.predict, scales=discrete)(x, t)
 
     start = lambda keys: prior_sample(keys, forward_process, (*keys.shape, *described.shape))
 
     @jax.jit
-    def predictor_corrector(params, statistics, keys, cond):
+    def predictor_corrector(params, statistics, keys, cond, helpers=None):
         return song2021.pc_sampler(
             forward_process,
-            lambda x, t: score(x, t, params, statistics, cond),
+            lambda x, t: score(x, t, params, statistics, cond, helpers),
             start(keys),
             jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys),
             scales=c.steps,
@@ -290,9 +297,10 @@ def _song2021(config, described):
             denoise=c.denoise,
         )
 
-    def ode(params, statistics, keys, cond):
+    def ode(params, statistics, keys, cond, helpers=None):
         options = {"t_min": t_min, "denoise": c.denoise, "scales": c.steps}
-        return song2021.ode_sampler(forward_process, score, start(keys), params, statistics, cond, **options)[0]
+        weights = params, statistics, cond, helpers
+        return song2021.ode_sampler(forward_process, score, start(keys), *weights, **options)[0]
 
     draw = ode if c.predictor == "ode" else predictor_corrector
     return lambda *args: (draw(*args), None, None)
@@ -307,7 +315,7 @@ def _labels(config, described):
     label = config.sampling.label
     if label == "null":
         return None
-    if not config.network.conditional:
+    if not (config.network.conditional or config.sampling.classifier_workdir):
         raise ValueError(f"sampling.label = {label!r}, but the model has no labels: it is unconditional")
     if label == "cycle":
         return lambda index: (index % described.classes).astype(jnp.int32)

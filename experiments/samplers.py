@@ -12,6 +12,7 @@ import jdiff
 from experiments import song2021
 from experiments.build import field, pick, process
 from jdiff import guidance, solvers, times
+from jdiff.saturation import rescale, threshold
 
 GRIDS = {
     "linear": times.linear,
@@ -91,13 +92,52 @@ ADAPTIVE = {
 SEARCHED = "searched"
 
 
-def guided(config: ConfigDict, module, params, statistics: dict, cond) -> jdiff.Field:
-    """Return the field that samples are drawn with, for labels (batch,) or None, guided by sampling.guidance."""
-    if cond is None or config.sampling.guidance == 1:
-        return field(config, module, params, statistics, cond=cond)
-    null = jnp.full_like(cond, module.num_classes)
-    conditional = lambda x, t, cond: field(config, module, params, statistics, cond=cond)(x, t)
-    return guidance.classifier_free(conditional, cond, null, config.sampling.guidance)
+def guided(config: ConfigDict, module, params, statistics: dict, cond, guides: dict | None = None) -> jdiff.Field:
+    """Return the field that samples are drawn with, guided as config.sampling says.
+
+    Classifier-free first, then away from the weaker model, then to the classifier's label, then thresholded. Outside of
+    guidance_low to guidance_high the scales are those without guidance: 1, 1 and 0.
+
+    Args:
+      config: the configuration.
+      module: from `build.network`.
+      params: its parameters.
+      statistics: of the data.
+      cond: labels (batch,) or None, which is not guided by labels.
+      guides: from `experiments.guides.load`; without it only classifier-free guidance and thresholding are done.
+
+    Raises:
+      ValueError: a negative class that the model does not have.
+    """
+    c, forward_process, predict = config.sampling, process(config), config.network.predict
+    guides = guides or {}
+    high = c.guidance_high or forward_process.t_max
+    everywhere = c.guidance_low <= 0 and high >= forward_process.t_max
+    scheduled = lambda scale, outside: (
+        scale if everywhere else guidance.interval(scale, c.guidance_low, high, outside=outside)
+    )
+    options = {"adjust": rescale(forward_process, c.guidance_rescale, predict=predict)} if c.guidance_rescale else {}
+
+    label = cond if config.network.conditional else None
+    made = field(config, module, params, statistics, cond=label)
+    if label is not None and c.guidance != 1:
+        if c.negative and int(c.negative) >= module.num_classes:
+            raise ValueError(f"sampling.negative must be below {module.num_classes}, got {c.negative}")
+        null = jnp.full_like(label, int(c.negative) if c.negative else module.num_classes)
+        conditional = lambda x, t, cond: field(config, module, params, statistics, cond=cond)(x, t)
+        if c.guidance == 0 and everywhere and not options:  # what it comes to, at half the price
+            made = lambda x, t: conditional(x, t, null)
+        else:
+            made = guidance.classifier_free(conditional, label, null, scheduled(c.guidance, 1.0), **options)
+    if "weak" in guides:
+        made = guidance.autoguidance(made, guides["weak"](label), scheduled(c.autoguidance, 1.0), **options)
+    if "classifier" in guides and cond is not None:
+        options |= {"process": forward_process, "predict": predict}
+        made = guidance.classifier(made, guides["classifier"](cond), scheduled(c.classifier_scale, 0.0), **options)
+    if c.threshold:
+        low = -1.0 if config.data.centered else 0.0
+        made = threshold(forward_process, made, predict=predict, quantile=c.threshold, low=low, high=1.0)
+    return made
 
 
 def grid(config: ConfigDict, name: str | None = None) -> jax.Array:
@@ -150,3 +190,30 @@ def check_protocol(config: ConfigDict) -> None:
     song2021.check(forward_process, c.steps, predictor=c.predictor, corrector=c.corrector)
     if c.corrector_steps < 1:
         raise ValueError(f"sampling.corrector_steps must be positive, got {c.corrector_steps}")
+
+
+def check_guidance(config: ConfigDict) -> None:
+    """Raise ValueError for guidance that cannot be done, or that would be without effect."""
+    c = config.sampling
+    for name in ("guidance", "autoguidance", "classifier_scale", "guidance_low", "guidance_high", "weak_step"):
+        if not 0 <= c[name] < math.inf:
+            raise ValueError(f"sampling.{name} must be finite and not negative, got {c[name]}")
+    for name in ("guidance_rescale", "threshold"):
+        if not 0 <= c[name] <= 1:
+            raise ValueError(f"sampling.{name} must be in [0, 1], got {c[name]}")
+    end = process(config).t_max
+    if not c.guidance_low < (c.guidance_high or end) <= end:
+        raise ValueError(
+            f"sampling.guidance_low must be below guidance_high, and that at most {end} (or 0, which means that); "
+            f"got {c.guidance_low} and {c.guidance_high}"
+        )
+    if c.negative and not c.negative.isdecimal():
+        raise ValueError(f"sampling.negative must be empty or the number of a class, got {c.negative!r}")
+    weak = bool(c.weak_workdir or c.weak_step)
+    if weak != (c.autoguidance != 1):
+        raise ValueError(
+            "a weaker model (sampling.weak_workdir, weak_step) and sampling.autoguidance other than 1 need each other; "
+            f"got {c.weak_workdir!r}, {c.weak_step} and {c.autoguidance}"
+        )
+    if c.classifier_workdir and c.label == "null":
+        raise ValueError('sampling.classifier_workdir needs a label to follow, and sampling.label is "null"')

@@ -126,7 +126,7 @@ def read(config: ConfigDict, run: Run, step: int) -> jax.Array:
 def _identity(config):
     """The fields of sampling that a grid depends on."""
     c = config.sampling
-    return {name: c[name] for name in ("solver", "steps", "t_min", "guidance", *_OPTIONS)}
+    return {name: c[name] for name in ("solver", "steps", "t_min", "guidance", "threshold", *_OPTIONS)}
 
 
 def _stochastic(config, x):

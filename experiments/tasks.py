@@ -61,6 +61,8 @@ def check(config: ConfigDict, task: str, mask: str | None) -> str:
         raise ValueError(f'--task runs in one process and with protocol = "jdiff", not {config.protocol!r}')
     if c.solver not in samplers.SOLVERS or c.grid == samplers.SEARCHED:
         raise ValueError(f"--task needs a solver on a named grid, got {c.solver!r} on {c.grid!r}")
+    if c.autoguidance != 1 or c.classifier_workdir:
+        raise ValueError("--task is guided by sampling.guidance and threshold only, not by another model")
     if task == "inpaint" and mask is None:
         raise ValueError("--task inpaint needs --mask: an image whose white part is filled in")
     if mask is not None and (task not in ("inpaint", "edit") or method == "latent"):

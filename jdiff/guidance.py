@@ -50,7 +50,8 @@ def classifier(
 
     Dhariwal & Nichol 2021 (arXiv 2105.05233), section 4; Song et al. 2021 (arXiv 2011.13456), eq. 14. A score s is
     p x + q s in another kind (`jdiff.predictions.conversion`): the gradient is multiplied by q. For x0, v and velocity
-    q is infinite where alpha = 0 (the end of Rectified and Cosine): start below, or limit the scale by `interval`.
+    q grows as 1/alpha, and with it the classifier's errors: `interval` keeps it to times that have a signal. Where
+    alpha = 0 (the end of Rectified and Cosine) x_t says nothing about y, and nothing is added.
 
     Args:
       field: the unconditional field, or a conditional one to be strengthened.
@@ -72,7 +73,8 @@ def classifier(
         t = batch_time(t, x)
         gradient = jax.grad(lambda x: jnp.sum(log_prob(x, t.astype(x.dtype))))(x)
         weak = call(field, x, t)
-        factor = 1.0 if process is None else conversion(process, t, "score", predict)[1]
+        factor = jnp.ones_like(t) if process is None else conversion(process, t, "score", predict)[1]
+        factor = jnp.where(jnp.isfinite(factor), factor, 0)
         return _extrapolate(scale, lincomb((1.0, weak), (factor, gradient)), weak, adjust, x, t)
 
     return guided

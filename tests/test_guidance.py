@@ -150,6 +150,10 @@ def test_the_end_without_signal(x64, kind):
     guided = guidance.classifier_free(field, jnp.full(4, 1), jnp.full(4, 0), 3.0)(x, t)
     x0 = jdiff.convert(process, guided, x, t, kind, "x0")
     np.testing.assert_allclose(x0, np.tile(3 * MEANS[1] - 2 * MEANS[0], (4, 1)), rtol=1e-12)
+    # A classifier knows nothing there.
+    plain = lambda x, t: field(x, t, jnp.full(4, 2))
+    by_classifier = guidance.classifier(plain, log_posterior(process, 1), 2.0, process=process, predict=kind)
+    np.testing.assert_array_equal(by_classifier(x, t), plain(x, t))
 
 
 # --- One call, any condition. ---
