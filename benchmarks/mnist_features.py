@@ -26,18 +26,18 @@ class Classifier(nn.Module):
 
 
 def train(steps: int = 1500, batch: int = 128):
-    """Return images, uint8 -> features, and the test accuracy, of a classifier trained now (see `_fit`)."""
-    apply, accuracy = _fit(steps, batch)
+    """Return images, uint8 -> features, and the test accuracy, of a classifier trained now (see `fit`)."""
+    apply, accuracy = fit(steps, batch)
     return lambda images: apply(images)[1], accuracy
 
 
 def classifier(steps: int = 1500, batch: int = 128):
-    """Return images, uint8 -> logits, and the test accuracy, of a classifier trained now (see `_fit`)."""
-    apply, accuracy = _fit(steps, batch)
+    """Return images, uint8 -> logits, and the test accuracy, of a classifier trained now (see `fit`)."""
+    apply, accuracy = fit(steps, batch)
     return lambda images: apply(images)[0], accuracy
 
 
-def _fit(steps, batch):
+def fit(steps: int = 1500, batch: int = 128):
     """Train with noise of random strength on half of each batch; return images -> (logits, features), and accuracy.
 
     Generated images are never quite clean: a classifier that saw no noise would see little else in them.
