@@ -16,27 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdiff import processes
-from jdiff._array import (
-    check_array,
-    coefficient_dtype,
-    event_size,
-    example_keys,
-    fold_in,
-    is_concrete,
-    normal_like,
-    rademacher_like,
-)
+from jdiff._array import check_array, coefficient_dtype, is_concrete
+from jdiff._divergence import Divergence, check_divergence, directions, value_and_products
 from jdiff._typing import Array, Field, Key, Kind, Process
 from jdiff.sde import SDE, NoiseTime, in_noise_time, noise_time, probability_flow
 from jdiff.solvers.adaptive import integrate_adaptive
 from jdiff.solvers.tableaus import DORMAND_PRINCE, Tableau
 
 __all__ = ["Divergence", "LogLikelihood", "log_likelihood"]
-
-Divergence = Literal["rademacher", "gaussian", "exact"]
-
-# Directions whose derivatives are in memory together; the D of an exact divergence may be hundreds.
-_AT_ONCE = 16
 
 
 class LogLikelihood(NamedTuple):
@@ -108,24 +95,19 @@ def log_likelihood(
     batch = check_array(x)
     if x.ndim < 2:
         raise ValueError(f"x must have shape (batch, *event), got {x.shape}")
-    if divergence not in ("rademacher", "gaussian", "exact"):
-        raise ValueError(f"unknown divergence {divergence!r}; choose 'rademacher', 'gaussian' or 'exact'")
-    if probes < 1 or (divergence == "exact" and probes != 1):
-        raise ValueError(f"probes must be at least 1, and 1 for the exact divergence; got {probes}")
+    check_divergence(key, divergence, probes)
     if variable not in (known := ("t", *get_args(NoiseTime))):
         raise ValueError(f"unknown variable {variable!r}; choose one of {', '.join(known)}")
     t_min = process.t_min if t_min is None else t_min
     if not 0 <= t_min < process.t_max:
         raise ValueError(f"t_min must be in [0, {process.t_max}), got {t_min}")
-    if divergence != "exact" and key is None:
-        raise ValueError("random probes need a key, got None")
 
     flow = probability_flow(process, field, predict=predict)
-    tangents = _tangents(key, x, divergence, probes, batch)
+    tangents = directions(key, x, divergence, probes)
 
     def augmented(state, t):
         x, _ = state
-        velocity, traces = _velocity_and_traces(lambda x: flow.drift(x, t), x, tangents)
+        velocity, traces = value_and_products(lambda x: flow.drift(x, t), x, tangents)
         if divergence == "exact":
             traces = jnp.sum(traces, axis=1, keepdims=True)
         return velocity, traces
@@ -165,32 +147,3 @@ def log_likelihood(
     else:
         probe_error = jnp.std(logdet, axis=1, ddof=1) / math.sqrt(probes)
     return LogLikelihood(jnp.where(failed, jnp.nan, log_prob), latent, solution.evaluations, probe_error, failed)
-
-
-def _tangents(key, x, divergence, probes, batch):
-    """Return the directions of the derivatives, shape (probes or D, batch, *event)."""
-    if divergence == "exact":
-        size = event_size(x)
-        basis = jnp.eye(size, dtype=x.dtype).reshape(size, 1, *x.shape[1:])
-        return jnp.broadcast_to(basis, (size, *x.shape))
-    draw = rademacher_like if divergence == "rademacher" else normal_like
-    keys = example_keys(key, batch)
-    return jnp.stack([draw(fold_in(keys, n), x) for n in range(probes)])
-
-
-def _velocity_and_traces(velocity, x, tangents):
-    """Return v(x) and e . (dv/dx) e for each tangent e, shape (batch, len(tangents)), from one linearised pass."""
-
-    def along(e):
-        value, derivative = jax.jvp(velocity, (x,), (e,))
-        return value, jnp.sum((e * derivative).reshape(x.shape[0], -1), axis=1)
-
-    if len(tangents) == 1:
-        value, trace = along(tangents[0])
-        return value, trace[:, None]
-    if len(tangents) <= _AT_ONCE:
-        return jax.vmap(along, out_axes=(None, 1))(tangents)
-    # The value once, and its linear map for some directions at a time.
-    value, derivative = jax.linearize(velocity, x)
-    trace = lambda e: jnp.sum((e * derivative(e)).reshape(x.shape[0], -1), axis=1)
-    return value, jax.lax.map(trace, tangents, batch_size=_AT_ONCE).T

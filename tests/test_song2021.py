@@ -16,8 +16,7 @@ import jdiff
 from configs import smoke
 from experiments import build, checks, likelihood, objectives, reproduce, sample, song2021, train
 from experiments.artefacts import Run
-from jdiff import data, losses, nn, predictions, training
-from jdiff import likelihood as library_likelihood
+from jdiff import _divergence, data, losses, nn, predictions, training
 from jdiff.importers import score_sde
 from jdiff.transforms import DataTransform
 
@@ -568,7 +567,7 @@ def test_library_gives_the_same_score_flow_and_divergence(name, kind):
         field = nn.as_field(network(name), weights)
         flow = jdiff.probability_flow(process, field, predict=kind)
         found = predictions.convert(process, field(x, t), x, t, kind, "score")
-        return found, *library_likelihood._velocity_and_traces(lambda x: flow.drift(x, t), x, probes)
+        return found, *_divergence.value_and_products(lambda x: flow.drift(x, t), x, probes)
 
     compared = [i for i, t in enumerate(g["t"]) if t >= 1e-2 or name == "ve"]
     assert len(compared) >= 3
