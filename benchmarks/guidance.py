@@ -68,9 +68,9 @@ def main() -> None:
     helpers = guides.load(config, Run(options.workdir), data.load(config.data.name, config.data.train))
     make = functools.partial(_field, config, process, trained.model.module)
     arrays = trained.params, trained.statistics, helpers
-    speed = _speed(make, process, options.kinds, arrays, source.shape, options.repeats)
+    measure_speed = lambda: _speed(make, process, options.kinds, arrays, source.shape, options.repeats)
     if options.only_speed:
-        common.write(options, "guidance_speed", speed)
+        common.write(options, "guidance_speed", measure_speed())
         return
 
     judge, right = mnist_features.fit()
@@ -97,6 +97,7 @@ def main() -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    (folder / "guidance_mnist.md").write_text(_markdown(rows))
     _picture(folder / "guidance_mnist.png", rows, pictures, trained.model.transform.levels)
     about = {
         "images": options.images,
@@ -104,7 +105,7 @@ def main() -> None:
         "steps": trained.step,
         "test_frechet": reference["self"],
     }
-    common.write(options, "guidance_mnist", about | {"speed": speed, "rows": rows})
+    common.write(options, "guidance_mnist", about | {"rows": rows, "speed": measure_speed()})
 
 
 def _field(config, process, module, kind, params, statistics, helpers, cond, scale):
@@ -189,6 +190,22 @@ def _speed(make, process, kinds, arrays, shape, repeats, batch=64):
             )
             print(kind, {k: round(v, 3) for k, v in found[kind].items()}, flush=True)
     return found
+
+
+def _markdown(rows):
+    """Return a table, a line per kind and scale."""
+    lines = ["| kind | scale | accuracy | diversity | Frechet |", "| --- | --- | --- | --- | --- |"]
+    value = lambda row, name: f"{row[name]:.3f} +- {row[f'{name}_error']:.3f}"
+    for row in rows:
+        cells = (
+            row["kind"],
+            f"{row['scale']:g}",
+            value(row, "accuracy"),
+            value(row, "diversity"),
+            f"{row['frechet']:.1f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def _picture(file, rows, pictures, levels):
