@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from experiments import song2021
 from experiments.build import field, pick, process
-from jdiff import losses, times
+from jdiff import conditions, losses, times
 from jdiff.transforms import DataTransform, random_flip
 
 # options -> weighting
@@ -84,8 +84,9 @@ def loss(config: ConfigDict, module, statistics: dict, data_transform: DataTrans
         x0 = model_space(config, data_transform, keys, batch["image"])
         cond = None
         if config.network.conditional:
-            dropped = jax.vmap(lambda k: jax.random.bernoulli(k, config.loss.label_dropout))(_fold(keys, 3))
-            cond = jnp.where(dropped & train, module.num_classes, batch["label"])
+            cond, null = conditions.with_null(batch["label"], module.num_classes)
+            if train:
+                cond = conditions.drop_condition(_fold(keys, 3), cond, null, config.loss.label_dropout)
         rngs = {"dropout": _fold(keys, 4)} if train and getattr(module, "dropout", 0) else None
         trained = field(config, module, params, statistics, cond=cond, train=train, rngs=rngs)
         if (policy := REMAT[config.training.remat]) is not None:

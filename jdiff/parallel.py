@@ -164,8 +164,9 @@ def data_parallel(
     """Compile `jdiff.training.make_train_step` over a mesh: batch split, gradients averaged, state placed as told.
 
     The three mappings compute the same update, on any number of devices: keys come from an example's position in the
-    global batch. `jit` leaves the collectives to XLA, `shard_map` writes those of the gradient out, `pmap` (in
-    maintenance mode in JAX, one process only) is there for those who need it.
+    global batch, and its weights or mask (see `jdiff.training.mean_gradient`) are shares of their sum over it. `jit`
+    leaves the collectives to XLA, `shard_map` writes those of the gradient out, `pmap` (in maintenance mode in JAX, one
+    process only) is there for those who need it.
 
     With a `sharding` over `"fsdp"` a step gathers the parameters, and each device keeps the part of the gradient, of
     the optimiser's work and of the average that belongs to its part of the state.
@@ -204,7 +205,8 @@ def data_parallel(
         options = {"ema_decay": ema_decay, "ema_warmup": ema_warmup, "accumulate": accumulate}
         step = _pmap(make_train_step(loss_fn, tx, axis_name=mesh.axis_names, **options), mesh)
     else:
-        gradient = mean_gradient(loss_fn, accumulate=accumulate)
+        axes = mesh.axis_names if how == "shard_map" else None
+        gradient = mean_gradient(loss_fn, accumulate=accumulate, axis_name=axes)
         specs = whole if sharding is None else jax.tree.map(lambda place: place.spec, sharding.params)
         if how == "shard_map":
             gradient = jax.shard_map(

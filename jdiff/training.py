@@ -1,5 +1,6 @@
 """One training step as a pure function: parameters, optimiser state, an average of the parameters, and no diffusion."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -90,10 +91,11 @@ def make_train_step(
 ) -> Callable[[TrainState, jax.Array, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]:
     """One update: mean loss over the global batch, its gradient, an optax update, the moving average.
 
-    `mean_gradient` followed by `apply_gradient`. The function is pure and unmapped: put it into `jax.jit` over sharded
-    arrays (`axis_name=None`), or into `jax.shard_map` or `jax.pmap` with the state replicated, the batch split in equal
-    parts and `axis_name` their axis. All give the gradient of the same global mean. Buffer donation belongs to the
-    caller's `jit`; `jdiff.parallel.data_parallel` does both.
+    `mean_gradient`, whose mean is weighted where the batch has weights or a mask, followed by `apply_gradient`. The
+    function is pure and unmapped: put it into `jax.jit` over sharded arrays (`axis_name=None`), or into `jax.shard_map`
+    or `jax.pmap` with the state replicated, the batch split in equal parts and `axis_name` their axis. All give the
+    gradient of the same global mean. Buffer donation belongs to the caller's `jit`; `jdiff.parallel.data_parallel` does
+    both.
 
     Nothing is skipped when the loss or the gradient is not finite: `metrics["finite"]` says so and the caller stops
     (or `tx` is wrapped in `optax.apply_if_finite`).
@@ -115,7 +117,7 @@ def make_train_step(
     Raises:
         ValueError: `ema_decay` outside [0, 1), `accumulate` below 1.
     """
-    gradient = mean_gradient(loss_fn, accumulate=accumulate)
+    gradient = mean_gradient(loss_fn, accumulate=accumulate, axis_name=axis_name)
     apply = apply_gradient(tx, ema_decay=ema_decay, ema_warmup=ema_warmup)
 
     def train_step(state, key, batch):
@@ -133,9 +135,14 @@ def make_train_step(
 
 
 def mean_gradient(
-    loss_fn: LossFn, *, accumulate: int = 1
+    loss_fn: LossFn, *, accumulate: int = 1, axis_name: str | tuple[str, ...] | None = None
 ) -> Callable[[PyTree, jax.Array, jax.Array, Mapping[str, Any]], tuple[PyTree, dict[str, jax.Array]]]:
     """The gradient of the mean loss over a batch, whose noise is a function of (key, step, index).
+
+    With `batch["weight"]`, (batch,) real numbers, with `batch["mask"]`, (batch,) bool, or with both, the loss and the
+    per-example metrics are the weighted means `sum(w l) / sum(w)`, w the product of the two, over the *global* batch:
+    an example of weight zero changes nothing, whatever device or part it is in, so that a ragged batch may be filled up
+    with any examples whose loss is finite. Where all weights are zero so are loss and gradient.
 
     Args:
         loss_fn: (params, keys, batch) -> (per-example loss (batch,), metrics); keys (batch,), metrics a dict of
@@ -144,17 +151,20 @@ def mean_gradient(
         accumulate: in how many parts the batch is taken, one after the other, their gradients averaged: the same
             numbers from activations of `batch / accumulate` examples. Parts are every `accumulate`-th example, so that
             a batch split over devices stays where it is.
+        axis_name: inside `jax.shard_map` or `jax.pmap`, the axis or axes over which the batch is split: weights are
+            shares of the sum over all of it. The gradient is that of this device's part, to be averaged over the axis.
 
     Returns:
         `(params, step, key, batch) -> (gradient, metrics)`: means over the batch, `metrics["loss"]` among them.
 
     Raises:
-        ValueError: `accumulate` below 1; a batch that it does not divide, while tracing.
+        ValueError: `accumulate` below 1; while tracing, a batch that it does not divide, or weights of another shape.
+        TypeError: while tracing, a mask that is not bool.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, got {accumulate}")
 
-    def mean_loss(params, keys, batch):
+    def mean_loss(params, keys, share, batch):
         loss, metrics = loss_fn(params, keys, batch)
         if jnp.shape(loss) != keys.shape:
             raise ValueError(f"loss_fn must return one loss per example, shape {keys.shape}, got {jnp.shape(loss)}")
@@ -164,7 +174,7 @@ def mean_gradient(
             if jnp.shape(value) not in ((), keys.shape):
                 raise ValueError(f"metric {name!r} must have shape () or {keys.shape}, got {jnp.shape(value)}")
         metrics = {"loss": loss, **metrics}
-        means = {name: jnp.mean(value, dtype=_mean_dtype(value)) for name, value in metrics.items()}
+        means = {name: _mean(value, share) for name, value in metrics.items()}
         return means["loss"], means
 
     def gradient(params, step, key, batch):
@@ -177,13 +187,15 @@ def mean_gradient(
             raise ValueError('batch may not have an entry "key": the step puts its shared_key there')
         keys = example_keys(key, step, batch["index"])
         shared = shared_key(key, step)
-        part = lambda keys, batch: jax.grad(mean_loss, has_aux=True)(params, keys, {**batch, "key": shared})
+        share = _share(batch, keys.shape, axis_name)
+        gradient_of = jax.grad(mean_loss, has_aux=True)
+        part = lambda keys, share, batch: gradient_of(params, keys, share, {**batch, "key": shared})
         if accumulate == 1:
-            return part(keys, batch)
+            return part(keys, share, batch)
         if len(keys) % accumulate:
             raise ValueError(f"a batch of {len(keys)} does not divide into accumulate = {accumulate} parts")
         split = lambda leaf: leaf.reshape(len(keys) // accumulate, accumulate, *leaf.shape[1:]).swapaxes(0, 1)
-        parts = jax.tree.map(split, (keys, dict(batch)))
+        parts = jax.tree.map(split, (keys, share, dict(batch)))
 
         def add(total, one):
             return jax.tree.map(jnp.add, total, part(*one)), None
@@ -314,6 +326,29 @@ def _average(ema, params, step, decay, warmup):
 def _wide(dtype):
     """The dtype to average in: a decay of 0.9999 is lost below float32."""
     return jnp.float32 if jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4 else dtype
+
+
+def _share(batch, shape, axis_name):
+    """Weights over their mean in the global batch: means of shares are weighted means, part by part. None: all one."""
+    given = {name: jnp.asarray(batch[name]) for name in ("weight", "mask") if name in batch}
+    if not given:
+        return None
+    for name, value in given.items():
+        if value.shape != shape:
+            raise ValueError(f"batch[{name!r}] must have shape {shape}, one number per example, got {value.shape}")
+    if "mask" in given and given["mask"].dtype != bool:
+        raise TypeError(f'batch["mask"] must be bool, got {given["mask"].dtype}; numbers are a "weight"')
+    weight = math.prod(value.astype(jnp.float32) for value in given.values())
+    mean = jnp.mean(weight)
+    mean = mean if axis_name is None else jax.lax.pmean(mean, axis_name)
+    return weight / jnp.where(mean == 0, 1.0, mean)
+
+
+def _mean(value, share):
+    dtype = _mean_dtype(value)
+    if share is None or not jnp.ndim(value):
+        return jnp.mean(value, dtype=dtype)
+    return jnp.mean(value.astype(dtype) * share.astype(dtype))
 
 
 def _mean_dtype(value):

@@ -23,7 +23,7 @@ ROOMS = {
         ["sampling", "likelihood", "cnf", "grid_search"],
         BELOW | {"_divergence", "processes", "predictions", "sde", "solvers", "guidance", "losses"},
     ),
-    "operators": BELOW,
+    **dict.fromkeys(["operators", "conditions"], BELOW),
     **dict.fromkeys(["control", "editing"], BELOW | {"processes", "solvers", "operators"}),
     "levels": BELOW | {"processes", "predictions"},
     "saturation": BELOW | {"processes", "predictions", "guidance"},

@@ -9,6 +9,7 @@ from scipy import signal
 
 from jdiff import nn
 from jdiff.nn import wide_resnet
+from jdiff.nn.conditions import space_to_depth
 
 NETWORK = nn.WideResNet(jnp.log, 3, depth=16, widen=1, features=4, fourier_scale=1.0)
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 2)), jnp.float32)
@@ -39,7 +40,7 @@ def test_published_size():
 def test_patches_and_odd_sides():
     """Squares of 2x2 pixels as channels; a side of 7 is halved to 4, with zeros beyond its end."""
     x = jnp.arange(48.0).reshape(1, 4, 6, 2)
-    patches = wide_resnet._patches(x, 2)
+    patches = space_to_depth(x, 2)
     assert patches.shape == (1, 2, 3, 8)
     np.testing.assert_array_equal(patches[0, 1, 2], x[0, 2:, 4:].ravel())
     odd = jnp.ones((1, 3, 3, 1))

@@ -90,6 +90,30 @@ def test_one_result(how, devices, name, reference):
     assert traces == [(BATCH if how == "jit" else BATCH // devices,)]
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("devices", "fsdp"), [(2, 1), (8, 1), (8, 4)])
+@pytest.mark.parametrize("how", ["jit", "shard_map", "pmap"])
+def test_a_padded_batch_is_the_unpadded_one(how, devices, fsdp, accumulate):
+    """11 examples of unequal weights and 5 of padding: the update of the 11 alone, wherever the padding lies."""
+    if how == "pmap" and fsdp > 1:
+        return
+    tx, rng = TRANSFORMS["sgd"][0], np.random.default_rng(5)
+    full = next(batches()) | {"weight": rng.uniform(0.2, 3, BATCH).astype(np.float32)}
+    rows = {name: value[:11] for name, value in full.items()}
+    expected, expected_metrics = training.make_train_step(loss_fn, tx, ema_decay=0.99)(
+        training.init_state(start(), tx), KEY, rows
+    )
+    mesh = parallel.data_mesh(jax.devices()[:devices], fsdp=fsdp)
+    state = training.init_state(start(), tx)
+    sharding = parallel.state_sharding(state, mesh, min_size=1) if fsdp > 1 else None
+    step = parallel.data_parallel(loss_fn, tx, mesh, how, ema_decay=0.99, accumulate=accumulate, sharding=sharding)
+    state = parallel.replicate(state, mesh) if sharding is None else parallel.place(state, sharding)
+    padded = full | {"mask": np.arange(BATCH) < 11}  # on 8 devices the last two hold nothing but padding
+    state, metrics = step(state, KEY, parallel.shard_batch(padded, mesh))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6)
+    jax.tree.map(close, (state, metrics), (expected, expected_metrics))
+
+
 def test_the_old_state_can_be_kept(reference):
     tx = TRANSFORMS["sgd"][0]
     mesh = parallel.data_mesh(jax.devices()[:2])
@@ -124,6 +148,16 @@ def test_gradients_are_what_devices_exchange(how, accumulate):
     parts = accumulate if how == "jit" else 1
     assert PARAMETER_BYTES * parts <= moved["all-reduce"] <= (PARAMETER_BYTES + METRIC_BYTES) * parts
     assert 'custom_call_target="xla_' not in text
+
+
+def test_weights_cost_one_scalar():
+    for how, most in (("shard_map", 4), ("jit", 4)):
+        tx, mesh = TRANSFORMS["sgd"][0], parallel.data_mesh()
+        step = parallel.data_parallel(loss_fn, tx, mesh, how, ema_decay=0.99)
+        batch = next(batches()) | {"mask": np.ones(BATCH, bool)}
+        moved = collectives(step.lower(training.init_state(start(), tx), KEY, batch).compile().as_text())
+        assert moved.keys() == {"all-reduce"}
+        assert moved["all-reduce"] <= PARAMETER_BYTES + METRIC_BYTES + most
 
 
 def test_fsdp_gathers_parameters_and_scatters_gradients():

@@ -253,3 +253,44 @@ def test_bad_input_is_named(key, batch, loss, error, match):
 def test_bad_settings_are_named(build, match):
     with pytest.raises(ValueError, match=match):
         build()
+
+
+def test_weights_and_masks_are_shares_of_the_batch(problem):
+    """sum(w l) / sum(w), its gradient and the metrics; padding of weight zero is as if it were not there."""
+    params, batch = problem
+    weight, mask = np.asarray([0.5, 3.0, 0.0, 1.0, 2.0, 7.0], np.float32), np.asarray([1, 1, 1, 1, 1, 0], bool)
+    gradient = jax.jit(training.mean_gradient(regression))
+    grads, metrics = gradient(params, 3, KEY, batch | {"weight": weight, "mask": mask})
+    w, b, x = (np.asarray(a, np.float64) for a in (params["w"], params["b"], batch["x"]))
+    error = x @ w + b - noise(KEY, 3, batch["index"])
+    share = (weight * mask / (weight * mask).sum())[:, None]
+    np.testing.assert_allclose(metrics["loss"], (share * error**2).sum(), rtol=2e-6)
+    np.testing.assert_allclose(metrics["abs"], (share * np.abs(error)).sum() / DIM, rtol=2e-6)
+    assert metrics["two"] == 2
+    np.testing.assert_allclose(grads["w"], 2 * x.T @ (share * error), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(grads["b"], 2 * (share * error).sum(0), rtol=1e-5, atol=1e-6)
+
+    padded, _ = gradient(params, 3, KEY, batch | {"mask": np.arange(BATCH) < 4})
+    rows = {name: value[:4] for name, value in batch.items()}
+    plain, _ = jax.jit(training.mean_gradient(regression))(params, 3, KEY, rows)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), padded, plain)
+
+
+def test_a_batch_in_which_nothing_counts_has_gradient_zero(problem):
+    params, batch = problem
+    grads, metrics = training.mean_gradient(regression)(params, 0, KEY, batch | {"mask": np.zeros(BATCH, bool)})
+    assert metrics["loss"] == 0 and all(not leaf.any() for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+    ("entry", "error", "match"),
+    [
+        ({"weight": np.ones(3, np.float32)}, ValueError, r"batch\['weight'\] must have shape \(6,\).*got \(3,\)"),
+        ({"mask": np.ones((6, 1), bool)}, ValueError, r"batch\['mask'\] must have shape"),
+        ({"mask": np.ones(6, np.float32)}, TypeError, r"must be bool, got float32"),
+    ],
+)
+def test_wrong_weights_are_named(problem, entry, error, match):
+    params, batch = problem
+    with pytest.raises(error, match=match):
+        jax.eval_shape(training.mean_gradient(regression), params, 0, KEY, batch | entry)

@@ -5,6 +5,7 @@
 
 from jdiff.nn.as_field import as_field
 from jdiff.nn.conditioning import Conditioning
+from jdiff.nn.conditions import Condition, image_tokens, read_condition
 from jdiff.nn.coupling import CouplingFlow
 from jdiff.nn.mlp import ResidualMLP
 from jdiff.nn.ncsnv2 import NCSNv2, ncsnv2
@@ -13,6 +14,7 @@ from jdiff.nn.unet import UNet, ddpm, ddpmpp, ncsnpp
 from jdiff.nn.wide_resnet import WideResNet
 
 __all__ = [
+    "Condition",
     "Conditioning",
     "CouplingFlow",
     "NCSNv2",
@@ -23,6 +25,8 @@ __all__ = [
     "as_field",
     "ddpm",
     "ddpmpp",
+    "image_tokens",
     "ncsnpp",
     "ncsnv2",
+    "read_condition",
 ]

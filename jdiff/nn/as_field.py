@@ -5,17 +5,18 @@ from flax import linen as nn
 
 from jdiff._array import check_key
 from jdiff._typing import Array, Field, PyTree
+from jdiff.nn.conditions import Condition
 
 
 def as_field(
     module: nn.Module,
     params: PyTree,
     *,
-    cond: Array | None = None,
+    cond: Condition = None,
     train: bool = False,
     rngs: dict[str, Array] | None = None,
 ) -> Field:
-    """Close a network over its parameters, labels and randomness: `field(x, t)`, or `field(x, t, cond)` for guidance.
+    """Close a network over its parameters, condition and keys: `field(x, t)`, or `field(x, t, cond)` for guidance.
 
     The field calls `module.apply({"params": params}, x, t, cond, train=train, rngs=rngs)`: any Linen module whose
     `__call__` is `(x, t, cond=None, *, train=False)` and whose only variables are parameters will do. Build it inside
@@ -24,7 +25,8 @@ def as_field(
     Args:
         module: the network.
         params: the bare `params` collection, `module.init(key, x, t)["params"]`, without the outer `{"params": ...}`.
-        cond: labels `(batch,)`, the default of the field's third argument; None is the null label.
+        cond: labels `(batch,)` or a dict of arrays with a leading batch axis, as the network takes it (see
+            `jdiff.nn.Condition`): the default of the field's third argument. None is the null condition.
         train: dropout on; needs `rngs={"dropout": ...}`.
         rngs: typed keys by name: one key each, or one key per example each, shape `(batch,)`. With keys per
             example the dropout of example i depends on key i alone, not on the size, order or sharding of the batch.
@@ -35,13 +37,13 @@ def as_field(
     """
     per_example = _keys_per_example(rngs or {})
 
-    def field(x: Array, t: Array, cond: Array | None = cond) -> Array:
+    def field(x: Array, t: Array, cond: Condition = cond) -> Array:
         if not per_example:
             return module.apply({"params": params}, x, t, cond, train=train, rngs=rngs)
 
         def single(keys, x, t, cond):
-            label = None if cond is None else cond[None]
-            return module.apply({"params": params}, x[None], t[None], label, train=train, rngs=keys)[0]
+            cond = jax.tree.map(lambda leaf: leaf[None], cond)
+            return module.apply({"params": params}, x[None], t[None], cond, train=train, rngs=keys)[0]
 
         return jax.vmap(single)(rngs, x, t, cond)
 

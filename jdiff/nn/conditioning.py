@@ -1,4 +1,4 @@
-"""What a network knows besides x: the noise level and, optionally, a class label, as one vector per example."""
+"""What a network knows besides x: the noise level and, optionally, a label and a vector, as one vector per example."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,7 @@ import numpy as np
 from flax import linen as nn
 
 from jdiff._typing import Array
+from jdiff.nn.conditions import Condition, absent_is_zero, read_condition
 from jdiff.nn.normalisation import at_least_float32
 
 SMOOTH_FREQUENCIES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -78,7 +79,7 @@ class FourierFeatures(nn.Module):
 
 
 class Conditioning(nn.Module):
-    """`(t, cond) -> dense(swish(dense(features(noise_level(t))))) + label`, one vector of `width` per example.
+    """`(t, cond) -> dense(swish(dense(features(noise_level(t))))) + label + dense(vector)`, of `width` per example.
 
     Attributes:
         noise_level: `(batch,) -> (batch,)`, from the time to the very number that is embedded: `lambda t: 999 * t` for
@@ -89,6 +90,7 @@ class Conditioning(nn.Module):
         frequencies: angular frequencies of "smooth".
         fourier_scale: standard deviation of the frequencies of "fourier".
         num_classes: labels are `0 ... num_classes - 1`, and `num_classes` is the null label. None: no labels.
+        vector_size: entries of a vector that is known. None: no vector.
         activation: between the two layers.
         dtype: of the computation; None is x's. Features are always computed in at least float32.
     """
@@ -100,20 +102,22 @@ class Conditioning(nn.Module):
     frequencies: tuple[float, ...] = SMOOTH_FREQUENCIES
     fourier_scale: float = 16.0
     num_classes: int | None = None
+    vector_size: int | None = None
     activation: Callable[[Array], Array] = nn.swish
     dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, x: Array, t: Array, cond: Array | None = None) -> Array:
-        """Embed `t` and `cond`, both `(batch,)`, for a batch of `x`; None is the null label. Returns `(batch, width)`.
+    def __call__(self, x: Array, t: Array, cond: Condition = None) -> Array:
+        """Embed `t` `(batch,)` and `cond` (see `read_condition`) for a batch of `x`. Returns `(batch, width)`.
 
         Raises:
-            ValueError: wrong shapes, labels for a network without, unknown `embedding`, `num_classes` below 1.
-            TypeError: x or t not floating, labels not integer.
+            ValueError: wrong shapes, unknown `embedding`, what `read_condition` raises.
+            TypeError: x or t not floating, what `read_condition` raises.
         """
         if self.embedding not in _EMBEDDINGS:
             raise ValueError(f"embedding must be one of {', '.join(_EMBEDDINGS)}, got {self.embedding!r}")
-        check_inputs(x, t, cond, self.num_classes)
+        check_inputs(x, t)
+        seen = read_condition(cond, x, num_classes=self.num_classes, vector_size=self.vector_size)
         dtype = self.dtype or x.dtype
         # 999 t in bfloat16 has steps of 4: the features are never computed below float32.
         level = self.noise_level(at_least_float32(t))
@@ -127,11 +131,14 @@ class Conditioning(nn.Module):
             features = smooth_features(level, self.frequencies)
         hidden = nn.Dense(self.width, kernel_init=initializer(), dtype=dtype, name="dense_0")(features)
         vector = nn.Dense(self.width, kernel_init=initializer(), dtype=dtype, name="dense_1")(self.activation(hidden))
-        if self.num_classes is None:
-            return vector
-        label = jnp.full(t.shape, self.num_classes) if cond is None else jnp.asarray(cond)
-        table = nn.Embed(self.num_classes + 1, self.width, embedding_init=nn.initializers.normal(1.0), name="label")
-        return vector + table(label).astype(dtype)
+        if "label" in seen:
+            rows = self.num_classes + 1
+            table = nn.Embed(rows, self.width, embedding_init=nn.initializers.normal(1.0), name="label")
+            vector = vector + table(seen["label"]).astype(dtype)
+        if "vector" in seen:
+            known = nn.Dense(self.width, kernel_init=initializer(), dtype=dtype, name="vector")(seen["vector"])
+            vector = vector + absent_is_zero(known, seen["present"])
+        return vector
 
 
 def initializer(scale: float = 1.0) -> nn.initializers.Initializer:
@@ -147,21 +154,9 @@ def _sin_cos(value: Array, frequencies) -> Array:
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
-def check_inputs(x: Array, t: Array, cond: Array | None, num_classes: int | None) -> None:
-    """Raise a TypeError or a ValueError that names what a network cannot take; labels are checked where given."""
+def check_inputs(x: Array, t: Array) -> None:
+    """Raise a TypeError or a ValueError that names what a network cannot take."""
     if not (jnp.issubdtype(x.dtype, jnp.floating) and jnp.issubdtype(t.dtype, jnp.floating)):
         raise TypeError(f"x and t must be floating, got {x.dtype} and {t.dtype}")
     if t.shape != x.shape[:1]:
         raise ValueError(f"t must have shape {x.shape[:1]}, one time per example of x {x.shape}, got {t.shape}")
-    if num_classes is not None and num_classes < 1:
-        raise ValueError(f"num_classes must be None or at least 1, got {num_classes}")
-    if cond is None:
-        return
-    if num_classes is None:
-        raise ValueError("cond was given to a network without labels: build it with num_classes")
-    if not jnp.issubdtype(jnp.result_type(cond), jnp.integer):
-        raise TypeError(f"cond must hold integer class labels, got {jnp.result_type(cond)}")
-    if jnp.shape(cond) != x.shape[:1]:
-        raise ValueError(
-            f"cond must have shape {x.shape[:1]}, one label per example of x {x.shape}, got {jnp.shape(cond)}"
-        )

@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from jdiff._typing import Array
 from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning, initializer
+from jdiff.nn.conditions import Condition
 from jdiff.nn.normalisation import GroupNorm
 
 
@@ -28,6 +29,7 @@ class ResidualMLP(nn.Module):
         frequencies: angular frequencies of "smooth".
         fourier_scale: standard deviation of the frequencies of "fourier".
         num_classes: labels are `0 ... num_classes - 1`, and `num_classes` is the null label. None: no labels.
+        vector_size: entries of a vector that is known (see `read_condition`). None: no vector.
         out_channels: size of the output's last axis; None is x's.
         dtype: of the computation, such as bfloat16; None is x's. Parameters are float32, the last layer is in x's.
     """
@@ -40,25 +42,27 @@ class ResidualMLP(nn.Module):
     frequencies: tuple[float, ...] = SMOOTH_FREQUENCIES
     fourier_scale: float = 16.0
     num_classes: int | None = None
+    vector_size: int | None = None
     out_channels: int | None = None
     dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, x: Array, t: Array, cond: Array | None = None, *, train: bool = False) -> Array:
+    def __call__(self, x: Array, t: Array, cond: Condition = None, *, train: bool = False) -> Array:
         """Evaluate the network.
 
         Args:
             x: `(batch, *event)`, of order 1.
             t: `(batch,)`.
-            cond: labels `(batch,)`, integer; None is the null label. A label out of range gives NaN.
+            cond: labels `(batch,)`, or a dict of what the network was built for (see `read_condition`); None is the
+                null condition. A label out of range gives NaN.
             train: dropout on; `apply` then needs `rngs={"dropout": key}`.
 
         Returns:
             Shape of x, but for `out_channels` on the last axis, and dtype of x.
 
         Raises:
-            ValueError: wrong shapes, labels for a network without.
-            TypeError: x or t not floating, labels not integer.
+            ValueError: wrong shapes, what `read_condition` raises.
+            TypeError: x or t not floating, what `read_condition` raises.
         """
         dtype = self.dtype or x.dtype
 
@@ -73,6 +77,7 @@ class ResidualMLP(nn.Module):
             frequencies=self.frequencies,
             fourier_scale=self.fourier_scale,
             num_classes=self.num_classes,
+            vector_size=self.vector_size,
             dtype=dtype,
             name="conditioning",
         )(x, t, cond)

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jdiff._typing import Array
 from jdiff.nn.blocks import ACTIVATIONS, check_image
 from jdiff.nn.conditioning import check_inputs
+from jdiff.nn.conditions import read_condition
 from jdiff.nn.normalisation import InstanceNormPlus, at_least_float32
 from jdiff.nn.resampling import downsample
 
@@ -73,7 +74,8 @@ class NCSNv2(nn.Module):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if len(self.refinements) != len(self.stages) + 1:
             raise ValueError(f"{len(self.stages)} stages need one more refinements, got {len(self.refinements)}")
-        check_inputs(x, t, cond, None)
+        check_inputs(x, t)
+        read_condition(cond, x)
         check_image(x.shape, 2 ** sum(dilation == 1 for _, dilation in self.stages), "use another size")
         act, dtype = ACTIVATIONS[self.activation], self.dtype or x.dtype
 

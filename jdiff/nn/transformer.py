@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jdiff._typing import Array
-from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning, initializer
+from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning, check_inputs, initializer
+from jdiff.nn.conditions import Condition, read_condition, space_to_depth, with_image
+from jdiff.nn.cross_attention import CrossAttention
 from jdiff.nn.input_features import input_features
 from jdiff.nn.normalisation import GroupNorm, at_least_float32
 
@@ -16,6 +18,7 @@ class PatchTransformer(nn.Module):
     """Attention and MLP blocks on patches, each scaled and shifted by the noise level and label.
 
         h <- h + dropout(attention(modulate(norm(h))))
+        h <- h + dropout(cross_attention(modulate(norm(h)), tokens))        where the condition has tokens
         h <- h + dropout(dense(swish(dense(modulate(norm(h))))))
 
     modulate(y) = (1 + scale) y + shift with [scale, shift] = dense(emb), zero at the start: the adaptive norm of DiT,
@@ -36,6 +39,10 @@ class PatchTransformer(nn.Module):
         fourier_scale: standard deviation of the frequencies of "fourier".
         input_frequencies: exponents n of the features `sin(2^n pi x), cos(2^n pi x)` beside x (see `input_features`).
         num_classes: labels are `0 ... num_classes - 1`, and `num_classes` is the null label. None: no labels.
+        vector_size: entries of a vector that is known (see `read_condition`). None: no vector.
+        image_channels: channels of an image that is known, of x's height and width; the network sees it beside x, with
+            a channel that says whether it is there. None: no image.
+        token_size: entries of tokens that are known; each block attends to them after itself. None: no tokens.
         out_channels: channels of the output; None is x's.
         dtype: of the computation, such as bfloat16; None is x's. Parameters are float32, the last layer is in x's.
     """
@@ -52,17 +59,21 @@ class PatchTransformer(nn.Module):
     fourier_scale: float = 16.0
     input_frequencies: tuple[int, ...] = ()
     num_classes: int | None = None
+    vector_size: int | None = None
+    image_channels: int | None = None
+    token_size: int | None = None
     out_channels: int | None = None
     dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, x: Array, t: Array, cond: Array | None = None, *, train: bool = False) -> Array:
+    def __call__(self, x: Array, t: Array, cond: Condition = None, *, train: bool = False) -> Array:
         """Evaluate the network.
 
         Args:
             x: `(batch, height, width, c)`, of order 1.
             t: `(batch,)`.
-            cond: labels `(batch,)`, integer; None is the null label. A label out of range gives NaN.
+            cond: labels `(batch,)`, or a dict of what the network was built for (see `read_condition`); None is the
+                null condition. A label out of range gives NaN.
             train: dropout on; `apply` then needs `rngs={"dropout": key}`.
 
         Returns:
@@ -70,8 +81,8 @@ class PatchTransformer(nn.Module):
 
         Raises:
             ValueError: wrong shapes, a height or width that `patch` does not divide, heads that do not divide `width`,
-                labels for a network without.
-            TypeError: x or t not floating, labels not integer.
+                what `read_condition` raises.
+            TypeError: x or t not floating, what `read_condition` raises.
         """
         dtype, p = self.dtype or x.dtype, self.patch
         if x.ndim != 4 or x.shape[1] % p or x.shape[2] % p:
@@ -87,6 +98,10 @@ class PatchTransformer(nn.Module):
         def drop(h):
             return nn.Dropout(self.dropout, deterministic=not train)(h) if self.dropout else h
 
+        check_inputs(x, t)
+        sizes = {name: getattr(self, name) for name in ("num_classes", "vector_size", "image_channels", "token_size")}
+        seen = read_condition(cond, x, **sizes)
+        embedded = {name: seen[name] for name in ("label", "vector") if name in seen}
         emb = Conditioning(
             self.noise_level,
             2 * self.width,
@@ -95,9 +110,10 @@ class PatchTransformer(nn.Module):
             frequencies=self.frequencies,
             fourier_scale=self.fourier_scale,
             num_classes=self.num_classes,
+            vector_size=self.vector_size,
             dtype=dtype,
             name="conditioning",
-        )(x, t, cond)
+        )(x, t, embedded | {"present": seen["present"]} if embedded else None)
         emb = nn.swish(emb)
 
         def modulate(h, name):
@@ -105,8 +121,10 @@ class PatchTransformer(nn.Module):
             scale, shift = jnp.split(dense(2 * self.width, name, scale=0.0)(emb)[:, None], 2, axis=-1)
             return norm * (1 + scale) + shift
 
-        patches = input_features(x, self.input_frequencies).reshape(batch, rows, p, columns, p, -1)
-        h = dense(self.width, "stem")(patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, tokens, -1))
+        inputs = input_features(x, self.input_frequencies)
+        if "image" in seen:
+            inputs = with_image(inputs, seen["image"], seen["present"])
+        h = dense(self.width, "stem")(space_to_depth(inputs, p).reshape(batch, tokens, -1))
         positions = self.param("positions", nn.initializers.normal(0.5), (tokens, self.width), jnp.float32)
         h = h + positions.astype(dtype)[None]
         for i in range(self.depth):
@@ -114,6 +132,12 @@ class PatchTransformer(nn.Module):
             bias = self.param(f"block_{i}_bias", nn.initializers.zeros, (self.heads, tokens, tokens), jnp.float32)
             y = _attend(y.reshape(batch, tokens, 3, self.heads, self.width // self.heads), bias)
             h = h + drop(dense(self.width, f"block_{i}_proj", scale=0.1)(y))
+            if "tokens" in seen:
+                y = modulate(h, f"block_{i}_film_tokens")
+                y = CrossAttention(self.heads, dtype=dtype, name=f"block_{i}_tokens")(
+                    y, seen["tokens"], seen["tokens_mask"] & seen["present"][:, None]
+                )
+                h = h + drop(y)
             y = nn.swish(dense(self.expansion * self.width, f"block_{i}_dense_0")(modulate(h, f"block_{i}_film_1")))
             h = h + drop(dense(self.width, f"block_{i}_dense_1", scale=0.1)(y))
         h = nn.swish(modulate(h, "head_film"))

@@ -9,6 +9,7 @@ from flax import linen as nn
 from jdiff._typing import Array
 from jdiff.nn.blocks import ACTIVATIONS, Attention, ResidualBlock, check_image, conv, merge
 from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning, check_inputs
+from jdiff.nn.conditions import Condition, read_condition, with_image
 from jdiff.nn.normalisation import GroupNorm, at_least_float32
 from jdiff.nn.resampling import Downsample, Upsample, downsample, fir_downsample, fir_upsample, upsample
 
@@ -45,6 +46,9 @@ class UNet(nn.Module):
         frequencies: angular frequencies of "smooth".
         fourier_scale: standard deviation of the frequencies of "fourier".
         num_classes: labels are `0 ... num_classes - 1`, and `num_classes` is the null label. None: no labels.
+        vector_size: entries of a vector that is known (see `read_condition`). None: no vector.
+        image_channels: channels of an image that is known, of x's height and width; the network sees it beside x, with
+            a channel that says whether it is there. None: no image.
         out_channels: channels of the output; None is x's.
         rescale: divide every residual sum by sqrt(2).
         sigma: `(batch,) -> (batch,)`, from the time to what the output is divided by (the reference's
@@ -59,7 +63,7 @@ class UNet(nn.Module):
         progressive_input: to each level is added "none", "input_skip" (x downsampled, through a 1x1 convolution) or
             "residual" (x downsampled by convolutions, the sum being what the next level downsamples).
         progressive_combine: "input_skip" is added ("sum") or concatenated ("cat").
-        timed: the blocks see the time and the label; else the network is unconditional but for `sigma`.
+        timed: the blocks see the time, the label and the vector; else the network is unconditional but for `sigma`.
         center_input: the network sees `2 x - 1`: published networks of data in [0, 1].
         dtype: of the computation, such as bfloat16; None is x's. Parameters are float32, the last layer is in x's.
     """
@@ -74,6 +78,8 @@ class UNet(nn.Module):
     frequencies: tuple[float, ...] = SMOOTH_FREQUENCIES
     fourier_scale: float = 16.0
     num_classes: int | None = None
+    vector_size: int | None = None
+    image_channels: int | None = None
     out_channels: int | None = None
     rescale: bool = True
     sigma: Callable[[Array], Array] | None = None
@@ -90,22 +96,23 @@ class UNet(nn.Module):
     dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, x: Array, t: Array, cond: Array | None = None, *, train: bool = False) -> Array:
+    def __call__(self, x: Array, t: Array, cond: Condition = None, *, train: bool = False) -> Array:
         """Evaluate the network.
 
         Args:
             x: `(batch, height, width, c)`, of order 1.
             t: `(batch,)`.
-            cond: labels `(batch,)`, integer; None is the null label. A label out of range gives NaN.
+            cond: labels `(batch,)`, or a dict of what the network was built for (see `read_condition`); None is the
+                null condition. A label out of range gives NaN.
             train: dropout on; `apply` then needs `rngs={"dropout": key}`.
 
         Returns:
             `(batch, height, width, out_channels)` in the dtype of x.
 
         Raises:
-            ValueError: wrong shapes, a height or width that the levels cannot halve, labels for a network without, an
-                unknown option.
-            TypeError: x or t not floating, labels not integer.
+            ValueError: wrong shapes, a height or width that the levels cannot halve, an unknown option, what
+                `read_condition` raises.
+            TypeError: x or t not floating, what `read_condition` raises.
         """
         last, dtype, out = len(self.multipliers) - 1, self.dtype or x.dtype, self.out_channels or x.shape[-1]
         check_image(x.shape, 2**last, "use fewer levels (multipliers)")
@@ -132,8 +139,13 @@ class UNet(nn.Module):
             h = act(GroupNorm(self.groups, dtype=self.dtype or x.dtype, name=f"{name}_norm")(h))
             return conv(channels, scale=scale, dtype=dtype, name=name)(h)
 
-        emb = self._embed(x, t, cond, dtype)
+        check_inputs(x, t)
+        sizes = {name: getattr(self, name) for name in ("num_classes", "vector_size", "image_channels")}
+        seen = read_condition(cond, x, **sizes)
+        emb = self._embed(x, t, seen, dtype)
         x = 2 * x - 1 if self.center_input else x
+        if "image" in seen:
+            x = with_image(x, seen["image"], seen["present"])
         pyramid, h = x, conv(self.channels, dtype=dtype, name="stem")(x)
         skips = [h]
         for level, multiplier in enumerate(self.multipliers):
@@ -179,10 +191,10 @@ class UNet(nn.Module):
             return h
         return h / self.sigma(at_least_float32(t)).astype(h.dtype)[:, None, None, None]
 
-    def _embed(self, x, t, cond, dtype):
+    def _embed(self, x, t, seen, dtype):
         if not self.timed:
-            check_inputs(x, t, cond, self.num_classes)
             return None
+        embedded = {name: seen[name] for name in ("label", "vector") if name in seen}
         act = ACTIVATIONS[self.activation]
         emb = Conditioning(
             self.noise_level,
@@ -192,18 +204,21 @@ class UNet(nn.Module):
             frequencies=self.frequencies,
             fourier_scale=self.fourier_scale,
             num_classes=self.num_classes,
+            vector_size=self.vector_size,
             activation=act,
             dtype=dtype,
             name="conditioning",
-        )(x, t, cond)
+        )(x, t, embedded | {"present": seen["present"]} if embedded else None)
         return act(emb)
 
     def _check_options(self):
         for name, known in _OPTIONS.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.num_classes is not None and not self.timed:
-            raise ValueError("a network that does not see the time (timed=False) sees no labels: drop num_classes")
+        for name in ("num_classes", "vector_size"):
+            if getattr(self, name) is not None and not self.timed:
+                what = "labels" if name == "num_classes" else "vectors"
+                raise ValueError(f"a network that does not see the time (timed=False) sees no {what}: drop {name}")
 
 
 def ddpm(noise_level: Callable[[Array], Array], **changes) -> UNet:

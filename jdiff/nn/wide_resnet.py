@@ -9,6 +9,7 @@ from flax import linen as nn
 from jdiff._typing import Array
 from jdiff.nn.blocks import check_image
 from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning, check_inputs, initializer
+from jdiff.nn.conditions import read_condition, space_to_depth
 from jdiff.nn.normalisation import GroupNorm, at_least_float32
 from jdiff.nn.resampling import downsample
 
@@ -63,7 +64,8 @@ class WideResNet(nn.Module):
             ValueError: wrong shapes, a side that `patch` does not divide, a depth that is not 6 n + 4, a `cond`.
             TypeError: x or t not floating.
         """
-        check_inputs(x, t, cond, None)
+        check_inputs(x, t)
+        read_condition(cond, x)
         check_image(x.shape, self.patch, "use another patch")
         if self.depth < 10 or (self.depth - 4) % 6:
             raise ValueError(f"depth must be 10, 16, 22, 28, ..., got {self.depth}")
@@ -89,7 +91,7 @@ class WideResNet(nn.Module):
                 channels, (3, 3), (stride, stride), use_bias=False, kernel_init=init, dtype=dtype, name=name
             )(h)
 
-        h = conv(_patches(standardise(x), self.patch).astype(dtype), 16, "stem")
+        h = conv(space_to_depth(standardise(x), self.patch).astype(dtype), 16, "stem")
         for group in range(3):
             channels = 2**group * 16 * self.widen
             for i in range((self.depth - 4) // 6):
@@ -117,12 +119,6 @@ def standardise(x: Array) -> Array:
     centred = wide - wide.mean(axis=axes, keepdims=True)
     variance = jnp.square(centred).mean(axis=axes, keepdims=True)
     return centred * jax.lax.rsqrt(jnp.maximum(variance, x.shape[0] / x.size))
-
-
-def _patches(x, side):
-    b, height, width, c = x.shape
-    x = x.reshape(b, height // side, side, width // side, side, c).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, height // side, width // side, side * side * c)
 
 
 def _shortcut(x, channels, stride):

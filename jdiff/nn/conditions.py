@@ -1,0 +1,152 @@
+"""The one door by which a condition enters a network: labels, vectors, images, tokens."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from jdiff._typing import Array
+
+Condition = Any
+"""None (nothing is known), labels (batch,), or a dict of "label" (batch,), "vector" (batch, d), "image" (batch, h, w,
+c), "tokens" (batch, n, d), "tokens_mask" (batch, n) and "present" (batch,)."""
+
+# entry -> (the network's attribute that asks for it, its axes)
+_KINDS = {
+    "label": ("num_classes", 1),
+    "vector": ("vector_size", 2),
+    "image": ("image_channels", 4),
+    "tokens": ("token_size", 3),
+}
+
+
+def read_condition(cond: Condition, x: Array, **sizes: int | None) -> dict[str, Array]:
+    """Return what a network built with these sizes sees of `cond`: every kind that it asks for, and "present".
+
+    A condition has an entry for each kind that the network was built with and no other; a plain integer array is
+    `{"label": ...}`. Where `present` is False for an example its condition is the null one, whatever its entries say:
+    the null label, and no vector, image or token, which is not the same as zeros. Without `present` all are present;
+    None is the null condition of every example.
+
+    Args:
+        cond: see `Condition`. Floating entries are cast to x's dtype.
+        x: the network's input, `(batch, ...)`.
+        **sizes: `num_classes`, `vector_size`, `image_channels`, `token_size` of the network, None for what it has not.
+
+    Returns:
+        "label" (the null label, num_classes, where absent), "vector", "image", "tokens", "tokens_mask", as asked for,
+        and "present", `(batch,)` bool.
+
+    Raises:
+        ValueError: missing or extra entries, or wrong shapes, by name.
+        TypeError: labels not integer, masks not bool, other entries not floating.
+    """
+    wanted = {kind: sizes[name] for kind, (name, _) in _KINDS.items() if sizes.get(name) is not None}
+    for kind, size in wanted.items():
+        if size < 1:
+            raise ValueError(f"{_KINDS[kind][0]} must be None or at least 1, got {size}")
+    batch = x.shape[0]
+    if cond is None:
+        return _null(wanted, x)
+    given = dict(cond) if isinstance(cond, dict) else {"label": cond}
+    optional = {"present"} | ({"tokens_mask"} if "tokens" in wanted else set())
+    if not isinstance(cond, dict) and set(wanted) != {"label"}:
+        if "label" not in wanted:
+            raise ValueError("cond was given to a network without labels: build it with num_classes")
+        raise ValueError(f"cond must be a dict of {', '.join(wanted)}, got an array")
+    if missing := [kind for kind in wanted if kind not in given]:
+        raise ValueError(f"cond lacks {', '.join(missing)}; the network was built for {', '.join(wanted)}")
+    if extra := [name for name in given if name not in {*wanted, *optional}]:
+        remedy = ", ".join(_KINDS[name][0] for name in extra if name in _KINDS)
+        hint = f": build it with {remedy}" if remedy else ""
+        raise ValueError(f"cond has {', '.join(extra)}; the network takes {', '.join(wanted) or 'nothing'}{hint}")
+    seen = {name: jnp.asarray(value) for name, value in given.items()}
+    for kind, size in wanted.items():
+        shape = _shape(kind, size, x, seen)
+        if seen[kind].shape != shape:
+            what = f"cond[{kind!r}]" if isinstance(cond, dict) else "cond"
+            raise ValueError(f"{what} must have shape {shape} for x {x.shape}, got {seen[kind].shape}")
+        dtype = seen[kind].dtype
+        if kind == "label":
+            if not jnp.issubdtype(dtype, jnp.integer):
+                raise TypeError(f"cond must hold integer class labels, got {dtype}")
+        elif not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"cond[{kind!r}] must be floating, got {dtype}")
+        else:
+            seen[kind] = seen[kind].astype(x.dtype)
+    for name, shape in {
+        "present": (batch,),
+        "tokens_mask": seen["tokens"].shape[:2] if "tokens" in seen else (),
+    }.items():
+        if name in seen and (seen[name].shape != shape or seen[name].dtype != bool):
+            found = f"{seen[name].shape} {seen[name].dtype}"
+            error = TypeError if seen[name].dtype != bool else ValueError
+            raise error(f"cond[{name!r}] must be bool of shape {shape}, got {found}")
+    if "tokens" in wanted:
+        seen.setdefault("tokens_mask", jnp.ones(seen["tokens"].shape[:2], bool))
+    if "present" not in seen:
+        return seen | {"present": jnp.ones(batch, bool)}
+    if "label" in seen:
+        seen["label"] = jnp.where(seen["present"], seen["label"], jnp.asarray(wanted["label"], seen["label"].dtype))
+    return seen
+
+
+def _shape(kind, size, x, seen):
+    batch = x.shape[0]
+    if kind == "label":
+        return (batch,)
+    if kind == "vector":
+        return (batch, size)
+    if kind == "image":
+        return (*x.shape[:-1], size)
+    tokens = seen["tokens"]
+    return (batch, tokens.shape[1] if tokens.ndim > 1 else "n", size)
+
+
+def _null(wanted, x):
+    batch = x.shape[0]
+    shapes = {"vector": (batch,), "image": x.shape[:-1], "tokens": (batch, 1)}
+    seen = {kind: jnp.zeros((*shapes[kind], size), x.dtype) for kind, size in wanted.items() if kind != "label"}
+    if "label" in wanted:
+        seen["label"] = jnp.full(batch, wanted["label"])
+    if "tokens" in wanted:
+        seen["tokens_mask"] = jnp.zeros((batch, 1), bool)
+    return seen | {"present": jnp.zeros(batch, bool)}
+
+
+def absent_is_zero(value: Array, present: Array) -> Array:
+    """Return `value` `(batch, ...)` where present, zeros elsewhere."""
+    return jnp.where(present.reshape(-1, *(1,) * (value.ndim - 1)), value, jnp.zeros_like(value))
+
+
+def with_image(x: Array, image: Array, present: Array) -> Array:
+    """Append an image that is known, and a channel of ones where it is, to the channels of x; zeros where it is not."""
+    known = jnp.ones((*x.shape[:-1], 1), x.dtype)
+    return jnp.concatenate([x, absent_is_zero(jnp.concatenate([image, known], axis=-1), present)], axis=-1)
+
+
+def image_tokens(image: Array, patch: int) -> Array:
+    """Squares of an image, of any size, as tokens for cross-attention: `(batch, n, patch^2 c + 2)`.
+
+    The last two entries are the square's place, row and column from -1 to 1, because attention sees no order.
+
+    Args:
+        image: `(batch, h, w, c)`, floating.
+        patch: side of a square, a divisor of h and w.
+
+    Raises:
+        ValueError: another number of axes, sides that `patch` does not divide.
+    """
+    if image.ndim != 4 or image.shape[1] % patch or image.shape[2] % patch:
+        raise ValueError(f"image must be (batch, height, width, c) of multiples of patch = {patch}, got {image.shape}")
+    squares = space_to_depth(image, patch)
+    batch, rows, columns, size = squares.shape
+    place = jnp.meshgrid(jnp.linspace(-1, 1, rows), jnp.linspace(-1, 1, columns), indexing="ij")
+    place = jnp.broadcast_to(jnp.stack(place, axis=-1).astype(image.dtype)[None], (batch, rows, columns, 2))
+    return jnp.concatenate([squares, place], axis=-1).reshape(batch, rows * columns, size + 2)
+
+
+def space_to_depth(x: Array, side: int) -> Array:
+    """Squares of pixels as the channels of one: `(batch, h, w, c) -> (batch, h / side, w / side, side^2 c)`."""
+    b, height, width, c = x.shape
+    x = x.reshape(b, height // side, side, width // side, side, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, height // side, width // side, side * side * c)
