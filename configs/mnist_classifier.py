@@ -4,7 +4,8 @@
     TFDS_DATA_DIR=... python -m experiments.classify --workdir runs/mnist_classifier
 
 The smallest network of the family of the 2021 reference's classifier (Song et al. 2021, arXiv 2011.13456, appendix
-I.1), on the data and the process of configs/mnist_flow.py, sized for one CPU core.
+I.1), on the data and the process of configs/mnist_flow.py, sized for one CPU core: six minutes on a shared one, then
+97.0 % of the test images at t = 0, 94.6 % at 0.5, 47.1 % at 0.8 (docs/conditioning.md has the table).
 """
 
 from ml_collections import ConfigDict

@@ -109,4 +109,4 @@ def test_the_example_of_the_guide_runs():
     (code,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
     names: dict = {}
     exec(code, names)
-    assert names["field"](names["x"], names["t"]).shape == names["x"].shape
+    assert jax.eval_shape(names["field"], names["x"], names["t"]).shape == names["x"].shape
