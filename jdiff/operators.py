@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import check_array, expand, sum_event
+from jdiff._array import add_zero, check_array, expand, full_like_batch, sum_event
 from jdiff._typing import Array
 
 __all__ = [
@@ -54,8 +54,9 @@ def linear(
     shape = tuple(shape)
 
     def adjoint(y):
-        x = jax.ShapeDtypeStruct((y.shape[0], *shape), y.dtype)
-        return jax.linear_transpose(forward, x)(y)[0]
+        # Zeros that vary over the devices of a shard_map as y does.
+        like = add_zero(jnp.zeros((y.shape[0], *shape), y.dtype), full_like_batch(y, 0.0))
+        return jax.linear_transpose(forward, like)(y)[0]
 
     return LinearOperator(forward, adjoint, shape, diagonal)
 

@@ -182,7 +182,7 @@ def standard_errors(x, mean, covariance):
     )
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("eta", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_moment_matching_samples_the_posterior(x64, eta):
     process = jdiff.VP()
     data = analytic.correlated_gaussian(process, MEAN, COVARIANCE)
@@ -192,6 +192,7 @@ def test_moment_matching_samples_the_posterior(x64, eta):
     assert mean < 4 and covariance < 4
 
 
+@pytest.mark.slow
 def test_dps_and_pseudoinverse_are_biased(x64):
     """Of correlated data neither samples the posterior; DPS is overconfident (docs/control.md has numbers)."""
     process = jdiff.VP()

@@ -94,6 +94,22 @@ def test_conjugate_gradients_keep_examples_apart_and_stop(x64):
     np.testing.assert_allclose(few, want, rtol=1e-9)
 
 
+def test_adjoints_and_inverses_inside_shard_map():
+    """An adjoint that did not vary over the devices as its argument does would be refused, or summed over them."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    weights = jnp.arange(12.0).reshape(3, 4)
+
+    def run(y, known):
+        operator, hidden = operators.linear(lambda x: x @ weights.T, (4,)), operators.mask(known, (4,))
+        return hidden.adjoint(operator.adjoint(y)), operators.solve(operator, y, 1.0, 2.0, iterations=5)
+
+    y, known = jnp.arange(12.0).reshape(4, 3) + 1, jnp.arange(16).reshape(4, 4) % 3 > 0
+    spec = jax.sharding.PartitionSpec("d")
+    split = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(spec, spec), out_specs=spec))(y, known)
+    for got, want in zip(split, run(y, known)):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
 def test_gaussian_kernel(x64):
     kernel = operators.gaussian_kernel(1.5, 2)
     assert kernel.shape == (5, 5)
