@@ -121,7 +121,7 @@ def weak(options) -> None:
 
     rows = []
     for n in (1, 2, 4, 8):
-        batch = plan.batch_shapes(source.shape, IMAGES * n, labels=source.classes is not None)
+        batch = plan.batch_shapes(source, IMAGES * n)
         for split, how in itertools.product((False, True) if n > 1 else (False,), ("jit", "shard_map")):
             mesh = parallel.data_mesh(jax.devices()[:n], fsdp=n if split else 1)
             found = _compiled(loss, tx, mesh, how, split, config.training.ema_decay, like, batch)

@@ -14,6 +14,7 @@ def defaults() -> ConfigDict:
     c.data.train = "train"  # splits, as TFDS spells them
     c.data.validation = ""  # choices are made on this one; empty: none
     c.data.test = "test"
+    c.data.pairs = ""  # folder of pairs (noise, image) that experiments.reflow made: trained on instead of data.train
     c.data.size = 0  # height and width that the images must have; 0: any
     c.data.flip = False
     c.data.dequantise = True  # train on (k + u) / levels; False: on k / (levels - 1), as published in 2021
@@ -34,6 +35,12 @@ def defaults() -> ConfigDict:
     c.loss.reduce_mean = True  # mean over the image; False: half the sum, as published for VE
     c.loss.weight = ConfigDict({"name": "unit", "options": ConfigDict()})
     c.loss.times = ConfigDict({"name": "stratified", "options": ConfigDict()})
+    c.loss.times.shift = 1.0  # towards the noise, as Esser et al. 2024 shift them; 1: none
+    c.loss.times.weighted = True  # False: the density of the times is itself a weighting, as in Stable Diffusion 3
+    # Of data and noise: independent, or optimal_transport inside groups of neighbours of one condition. There example
+    # i depends on its whole group, and on nothing outside of it.
+    c.loss.coupling = "independent"
+    c.loss.coupling_group = 64  # no device, and no part of training.accumulate, may cut one
     c.loss.label_dropout = 0.1  # share of labels replaced by the null label
 
     c.optimiser = ConfigDict()
@@ -45,6 +52,7 @@ def defaults() -> ConfigDict:
     c.optimiser.weight_decay = 0.0
 
     c.training = ConfigDict()
+    c.training.initial = ""  # run folder whose averaged parameters training starts from; empty: random ones
     c.training.steps = 0
     c.training.batch_size = 128  # global
     c.training.ema_decay = 0.999

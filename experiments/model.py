@@ -64,6 +64,18 @@ def initialise(config: ConfigDict, model: Model, key: jax.Array) -> Any:
     return jax.jit(lambda key: model.module.init(key, x, t, cond)["params"])(key)
 
 
+def load_initial(config: ConfigDict, model: Model) -> Any:
+    """Return the averaged parameters of the run folder config.training.initial.
+
+    Raises:
+      FileNotFoundError: nothing has been trained there.
+      ValueError: a network of other shapes.
+    """
+    with checkpoint.open_manager(str(Run(config.training.initial) / "checkpoints"), read_only=True) as manager:
+        ema = checkpoint.restore(manager, {"ema": shapes(config, model)})["ema"]
+    return jax.tree.map(np.asarray, ema)
+
+
 def shapes(config: ConfigDict, model: Model) -> Any:
     """Return the network's parameters as shapes; nothing is allocated or compiled."""
     return jax.eval_shape(lambda key: initialise(config, model, key), jax.random.key(0))

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from experiments import song2021
 from experiments.build import field, pick, process
-from jdiff import conditions, losses, times
+from jdiff import conditions, coupling, losses, times
 from jdiff.transforms import DataTransform, random_flip
 
 # options -> weighting
@@ -29,7 +29,12 @@ TIMES = {
     "stratified": times.stratified,
     "importance": times.importance,
     "log_normal": times.log_normal,
+    "logit_normal": times.logit_normal,
+    "mode": times.mode,
+    "cosmap": times.cosmap,
+    "final": times.final,
 }
+COUPLINGS = ("independent", "optimal_transport")
 # At discrete times, of a process and a kind of field each.
 OBJECTIVES = {"ddpm": song2021.ddpm_loss, "smld": song2021.smld_loss}
 _DISCRETE = {"ddpm": ("VP", "eps"), "smld": ("VE", "score")}
@@ -56,7 +61,7 @@ def weighting(config: ConfigDict) -> losses.Weighting:
 
 
 def training_times(config: ConfigDict):
-    """Return draw(key, process, index, total) -> (t, weight).
+    """Return draw(key, process, index, total) -> (t, weight): ones where loss.times.weighted is False.
 
     Raises:
       ValueError: unknown name or option, or a number out of range.
@@ -65,7 +70,16 @@ def training_times(config: ConfigDict):
     given = ("key", "process", "index", "total")
     draw = functools.partial(draw, **_known_options(draw, config.loss.times, "loss.times", given))
     draw(jax.random.key(0), process(config), jnp.arange(2), 2)
-    return draw
+    if config.loss.times.shift != 1:
+        draw = times.shift_draws(draw, config.loss.times.shift)
+    if config.loss.times.weighted:
+        return draw
+
+    def unweighted(*args):
+        t, _ = draw(*args)
+        return t, jnp.ones_like(t)
+
+    return unweighted
 
 
 def loss(config: ConfigDict, module, statistics: dict, data_transform: DataTransform, *, train: bool = True):
@@ -74,26 +88,34 @@ def loss(config: ConfigDict, module, statistics: dict, data_transform: DataTrans
     Stratified times are spread over the global batch, config.training.batch_size, whatever the mapping. loss.name
     "ddpm" and "smld" draw one of loss.scales discrete times for each example instead (see `song2021`); loss.reduce_mean
     = False gives half the sum over the image, not the mean. "classifier" is the cross entropy of the label given x_t,
-    with the accuracy among its metrics.
+    with the accuracy among its metrics. A batch with "noise" holds pairs in model space, as `experiments.pairs` makes
+    them; otherwise the noise of an example comes from its key, or with loss.coupling = "optimal_transport" from that of
+    one of its group with the same condition.
     """
     forward_process = process(config)
     weight, draw = weighting(config), training_times(config)
     total, scales, reduce_mean = config.training.batch_size, config.loss.scales, config.loss.reduce_mean
 
     def loss_fn(params, keys, batch):
-        x0 = model_space(config, data_transform, keys, batch["image"])
+        if "noise" in batch:
+            x0, eps = batch["image"], batch["noise"]
+        else:
+            x0 = model_space(config, data_transform, keys, batch["image"])
+            eps = jax.vmap(lambda k: jax.random.normal(k, x0.shape[1:], x0.dtype))(_fold(keys, 2))
         cond = None
         if config.network.conditional:
             cond, null = conditions.with_null(batch["label"], module.num_classes)
             if train:
                 cond = conditions.drop_condition(_fold(keys, 3), cond, null, config.loss.label_dropout)
+        if config.loss.coupling == "optimal_transport":
+            group = config.loss.coupling_group if train else math.gcd(len(x0), config.loss.coupling_group)
+            eps = eps[coupling.optimal_transport(x0, eps, labels=cond, group=group)]
         rngs = {"dropout": _fold(keys, 4)} if train and getattr(module, "dropout", 0) else None
         trained = field(config, module, params, statistics, cond=cond, train=train, rngs=rngs)
         if (policy := REMAT[config.training.remat]) is not None:
             trained = jax.checkpoint(trained, policy=policy)
         if config.loss.name in OBJECTIVES:
             labels = jax.vmap(lambda k: jax.random.randint(k, (), 0, scales))(_fold(keys, 5))
-            eps = jax.vmap(lambda k: jax.random.normal(k, x0.shape[1:], x0.dtype))(_fold(keys, 2))
             objective = functools.partial(OBJECTIVES[config.loss.name], scales=scales, reduce_mean=reduce_mean)
             return objective(forward_process, trained, x0, labels, eps), {}
         t, importance = draw(batch["key"], forward_process, batch["index"], total)
@@ -101,7 +123,7 @@ def loss(config: ConfigDict, module, statistics: dict, data_transform: DataTrans
             error, correct = losses.classification(_fold(keys, 2), trained, forward_process, x0, t, batch["label"])
             return error * importance.astype(error.dtype), {"accuracy": correct}
         error = losses.denoising(
-            _fold(keys, 2), trained, forward_process, x0, t, predict=config.network.predict, weight=weight
+            None, trained, forward_process, x0, t, predict=config.network.predict, weight=weight, eps=eps
         )
         share = 1.0 if reduce_mean else 0.5 * math.prod(x0.shape[1:])
         return share * error * importance.astype(error.dtype), {}
@@ -122,6 +144,14 @@ def check_objective(config: ConfigDict) -> None:
     """Raise ValueError for a loss that the process, the prediction or the other fields do not fit."""
     name, forward_process = config.loss.name, process(config)
     pick(("denoising", "classifier", *OBJECTIVES), name, "loss.name")
+    pick(COUPLINGS, config.loss.coupling, "loss.coupling")
+    if config.loss.coupling_group < 1:
+        raise ValueError(f"loss.coupling_group must be positive, got {config.loss.coupling_group}")
+    if config.data.pairs and (name, config.loss.coupling) != ("denoising", "independent"):
+        raise ValueError(
+            f'data.pairs have their noise: they need loss.name = "denoising" and loss.coupling = "independent", got '
+            f"{name!r} and {config.loss.coupling!r}"
+        )
     if config.loss.scales < 2:
         raise ValueError(f"loss.scales must be 2 or more, got {config.loss.scales}")
     if name in ("denoising", "classifier"):

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jdiff import data
+
 _BYTES = {
     "pred": 1,
     "s8": 1,
@@ -70,13 +72,10 @@ def bytes_per_device(tree: Any, sharding: Any) -> int:
     return sum(jax.tree.leaves(sizes))
 
 
-def batch_shapes(shape: tuple[int, ...], size: int, *, labels: bool) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(source: data.Source, size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Return what `jdiff.data.batches` yields, as shapes."""
-    batch = {
-        "image": jax.ShapeDtypeStruct((size, *shape), np.uint8),
-        "index": jax.ShapeDtypeStruct((size,), np.int32),
-    }
-    return batch | ({"label": jax.ShapeDtypeStruct((size,), np.int32)} if labels else {})
+    one = source.read(np.arange(1)) | {"index": np.zeros(1, np.int32)}
+    return {name: jax.ShapeDtypeStruct((size, *array.shape[1:]), array.dtype) for name, array in one.items()}
 
 
 def plan(step: Any, plain_step: Any, state: Any, batch: dict, mesh: Any, sharding: Any = None) -> dict:

@@ -27,7 +27,7 @@ from experiments import build, checks, cli, guides, model, pictures, samplers, s
 from experiments.artefacts import Run
 from experiments.parts import Parts
 from experiments.processes import primary, together, wait_for_all
-from jdiff import data, parallel, solvers
+from jdiff import Process, data, parallel, solvers
 from jdiff import sample as draw_samples
 from jdiff.processes import prior_sample
 
@@ -109,6 +109,7 @@ def controlled(config: ConfigDict, run: Run, task: str, image: str | None, mask:
 class Drawing(NamedTuple):
     """All that batches of samples are drawn with."""
 
+    process: Process
     trained: model.Trained
     """Placed where the samples are drawn."""
     draw: Callable
@@ -124,11 +125,18 @@ class Drawing(NamedTuple):
     depends: list
     """What the samples depend on besides their number, as JSON."""
 
+    def noise(self, n: int, key: jax.Array) -> jax.Array:
+        """Return what the solver starts from in batch n (see `jdiff.sample`)."""
+        starts = jax.vmap(lambda k: jax.random.fold_in(k, 0))(self.keys(n, key))
+        return prior_sample(starts, self.process, (self.size, *self.trained.model.shape))
+
     def batch(self, n: int, key: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         """Return `draw` of batch n: image i has the key fold_in(key, i)."""
-        index = self.index(n)
-        labels = None if self.labels is None else self.labels(index)
-        return self.draw(self.trained.params, self.trained.statistics, self.keys(n, key), labels, self.helpers)
+        return self.draw(self.trained.params, self.trained.statistics, self.keys(n, key), self.cond(n), self.helpers)
+
+    def cond(self, n: int) -> jax.Array | None:
+        """Return the labels of batch n."""
+        return None if self.labels is None else self.labels(self.index(n))
 
     def index(self, n: int) -> jax.Array:
         """Return the numbers of the images in batch n."""
@@ -172,7 +180,7 @@ def drawing(config: ConfigDict, run: Run) -> Drawing:
         draw = _draw(config, described, ts)
     settings = {k: v for k, v in c.to_dict().items() if k != "number"}
     depends = [config.protocol, settings, size, digest, None if ts is None else np.asarray(ts).tolist()]
-    return Drawing(trained, draw, labels, spread, size, helpers, depends)
+    return Drawing(build.process(config), trained, draw, labels, spread, size, helpers, depends)
 
 
 def solver_name(config: ConfigDict) -> str:

@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import build, cli, model, objectives, pictures, plan
+from experiments import build, cli, model, objectives, pairs, pictures, plan
 from experiments.artefacts import Metrics, Run, read_jsonl
 from experiments.compilation import compiler_options
 from experiments.lock import Lock
@@ -54,8 +54,9 @@ def train(config: ConfigDict, run: Run, *, strict: bool = False) -> int:
     source = data.load(config.data.name, config.data.train)
     validation = data.load(config.data.name, config.data.validation) if config.data.validation else None
     described = model.describe(config, source)
+    examples = pairs.load(config, source)
     mesh = parallel.data_mesh(fsdp=c.sharding.fsdp)
-    _check_batch(config, mesh, source)
+    _check_batch(config, mesh, examples)
     with contextlib.ExitStack() as stack:
         lock = Lock(run) if primary() else None
         with together("the run folder"):
@@ -65,13 +66,13 @@ def train(config: ConfigDict, run: Run, *, strict: bool = False) -> int:
         manager = stack.enter_context(
             checkpoint.open_manager(str(run / "checkpoints"), keep=c.keep, every=c.checkpoint_every)
         )
-        return _train(config, run, manager, lock, mesh, described, source, validation, strict)
+        return _train(config, run, manager, lock, mesh, described, source, examples, validation, strict)
 
 
-def _train(config, run, manager, lock, mesh, described, source, validation, strict):
+def _train(config, run, manager, lock, mesh, described, source, examples, validation, strict):
     c = config.training
-    if len(source) * math.prod(source.shape) < _IN_MEMORY_BYTES:
-        source = source.in_memory()
+    if examples is source and len(source) * math.prod(source.shape) < _IN_MEMORY_BYTES:
+        source = examples = source.in_memory()
     # Shapes first, a checkpoint where there is one, arrays last and where they stay.
     tx = build.optimiser(config)
     like = _state_shapes(config, described, tx)
@@ -79,7 +80,7 @@ def _train(config, run, manager, lock, mesh, described, source, validation, stri
     key = jax.random.key(config.seed)
     init_key, train_key, validation_key = (jax.random.fold_in(key, n) for n in range(3))
     batches = data.batches(
-        source,
+        examples,
         c.batch_size,
         seed=config.seed,
         process_index=jax.process_index(),
@@ -88,8 +89,10 @@ def _train(config, run, manager, lock, mesh, described, source, validation, stri
     identity = {"data": config.data.name, "network": config.network.name}
     if manager.latest_step() is None:
         statistics = model.statistics(config, source, described.transform)
-        initialise = lambda key: training.init_state(model.initialise(config, described, key), tx)
-        state = jax.jit(initialise, out_shardings=places)(init_key)
+        initialise, begin = lambda key: model.initialise(config, described, key), init_key
+        if c.initial:
+            initialise, begin = lambda params: params, model.load_initial(config, described)
+        state = jax.jit(lambda given: training.init_state(initialise(given), tx), out_shardings=places)(begin)
     else:
         statistics = model.statistics_shapes(config, described)
         wanted = {**like._asdict(), "statistics": statistics, "data": None, "meta": identity}
@@ -187,21 +190,23 @@ def dry_run(config: ConfigDict, memory: float | None = None) -> int:
     """
     source = data.load(config.data.name, config.data.train)
     described = model.describe(config, source)
+    examples = pairs.load(config, source)
     c = config.training
     mesh = parallel.data_mesh(fsdp=c.sharding.fsdp)
-    _check_batch(config, mesh, source)
+    _check_batch(config, mesh, examples)
     tx = build.optimiser(config)
     like = _state_shapes(config, described, tx)
     places = _places(config, like, mesh)
     statistics = {name: np.zeros(s.shape, s.dtype) for name, s in model.statistics_shapes(config, described).items()}
     loss = objectives.loss(config, described.module, statistics, described.transform)
     plain = training.make_train_step(loss, tx, ema_decay=c.ema_decay, ema_warmup=c.ema_warmup)
-    batch = plan.batch_shapes(source.shape, c.batch_size, labels=source.classes is not None)
+    batch = plan.batch_shapes(examples, c.batch_size)
     found = plan.plan(_step_fn(config, loss, tx, mesh, places, steps=False), plain, like, batch, mesh, places)
-    print(f"data       {source.name}/{source.split}: {len(source):,} images {source.shape}, {source.levels} levels")
+    where = f"{examples.name}/{examples.split}"
+    print(f"data       {where}: {len(examples):,} images {source.shape}, {source.levels} levels")
     print(f"process    {build.process(config)}")
     print(f"network    {config.network.name}: {found['parameters']:,} parameters, predicts {config.network.predict}")
-    print(f"training   {c.steps:,} steps of {c.batch_size} = {c.steps * c.batch_size / len(source):,.1f} epochs")
+    print(f"training   {c.steps:,} steps of {c.batch_size} = {c.steps * c.batch_size / len(examples):,.1f} epochs")
     shape = " x ".join(f"{size} {name}" for name, size in mesh.shape.items())
     print(f"devices    {mesh.size} {jax.devices()[0].platform} ({shape}), mapping {c.mapping}")
     print(plan.report(found, c.batch_size))
@@ -249,6 +254,12 @@ def _check_batch(config, mesh, source):
         raise ValueError(
             f"training.batch_size = {size} does not divide over {mesh.size} devices and {parts} parts "
             "(training.accumulate)"
+        )
+    group = config.loss.coupling_group
+    if config.loss.coupling != "independent" and size % (mesh.size * parts * group):
+        raise ValueError(
+            f"training.batch_size = {size} does not divide into groups of {group} (loss.coupling_group) on each of "
+            f"{mesh.size} devices in {parts} parts"
         )
     if len(source) == 0:
         raise ValueError(f"{source.name}/{source.split} is empty")
