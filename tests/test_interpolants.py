@@ -193,6 +193,9 @@ def test_sdes_arrive_at_both_ends(x64, name, towards):
     ts = jnp.linspace(margin, 1 - margin, 201)
     begin, ts = (END0, ts) if towards == "x1" else (END1, ts[::-1])
     x = jnp.asarray(_draw(begin, n, 7))
+    gamma = interpolants.stochastic(PATHS[name], velocity, noise, diffusion=lambda t: PATHS[name](t)[2])
+    plain, t = interpolants.stochastic(PATHS[name], velocity, noise), jnp.linspace(0.1, 0.9, n)
+    np.testing.assert_allclose(plain.drift(x, t), gamma.drift(x, t), rtol=1e-9)
     for w in (None, lambda t: 1.5 * jnp.sqrt(t * (1 - t))):
         sde = interpolants.stochastic(PATHS[name], velocity, noise, towards=towards, diffusion=w)
         run = jax.jit(lambda key, x, sde=sde: solvers.integrate(key, solvers.euler_maruyama(sde), x, ts)[0])
