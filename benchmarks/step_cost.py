@@ -100,7 +100,7 @@ def _flops(options):
     config, source, described, loss, tx = _prepare(options, "float32", "none")
     step = training.make_train_step(loss, tx, ema_decay=config.training.ema_decay)
     state = jax.eval_shape(lambda params: training.init_state(params, tx), model.shapes(config, described))
-    batch = plan.batch_shapes(source.shape, config.training.batch_size, labels=source.classes is not None)
+    batch = plan.batch_shapes(source, config.training.batch_size)
     return float(jax.jit(step).lower(state, jax.random.key(0), batch).cost_analysis()["flops"])
 
 
