@@ -19,6 +19,7 @@ def defaults() -> ConfigDict:
     c.data.flip = False
     c.data.dequantise = True  # train on (k + u) / levels; False: on k / (levels - 1), as published in 2021
     c.data.centered = True  # model space [-1, 1] or [0, 1]
+    c.data.logit = False  # instead, all reals: for loss.name "maximum_likelihood"
 
     c.process = ConfigDict({"name": "VP", "options": ConfigDict()})
 
@@ -30,7 +31,9 @@ def defaults() -> ConfigDict:
     c.network.cells = 0  # of precondition "levels": neighbouring levels merged into so many cells; 0: none merged
 
     c.loss = ConfigDict()
-    c.loss.name = "denoising"  # at continuous times; ddpm, smld: at the discrete ones of Song et al. 2021; classifier
+    # denoising: at continuous times; ddpm, smld: at the discrete ones of Song et al. 2021; classifier; maximum_likelihood:
+    # of the probability flow, or of a coupling flow (network.name)
+    c.loss.name = "denoising"
     c.loss.scales = 1000  # of ddpm and smld: the number of times
     c.loss.reduce_mean = True  # mean over the image; False: half the sum, as published for VE
     c.loss.weight = ConfigDict({"name": "unit", "options": ConfigDict()})
@@ -41,6 +44,10 @@ def defaults() -> ConfigDict:
     # i depends on its whole group, and on nothing outside of it.
     c.loss.coupling = "independent"
     c.loss.coupling_group = 64  # no device, and no part of training.accumulate, may cut one
+    # Of maximum_likelihood (see jdiff.cnf): euler, midpoint, heun or rk4 in equal steps from the data to the noise;
+    # weights of the regularisers int |v|^2 dt and int |dv/dx|^2 dt; divergence as in likelihood; adjoint or discrete.
+    c.loss.cnf = ConfigDict({"solver": "rk4", "steps": 4, "kinetic": 0.0, "jacobian": 0.0})
+    c.loss.cnf.update({"divergence": "rademacher", "gradient": "adjoint"})
     c.loss.label_dropout = 0.1  # share of labels replaced by the null label
 
     c.optimiser = ConfigDict()

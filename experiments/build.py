@@ -33,6 +33,7 @@ NETWORKS = {
     "ncsnpp": nn.ncsnpp,
     "ncsnv2": nn.ncsnv2,
     "wide_resnet": nn.WideResNet,  # a classifier
+    "coupling": nn.CouplingFlow,
 }
 # What they embed where nothing else is asked for; the others: smooth.
 EMBEDDINGS = {"ddpm": "positional", "ncsnpp": "fourier", "ncsnv2": "positional", "wide_resnet": "fourier"}
@@ -114,9 +115,11 @@ def network(config: ConfigDict, channels: int, levels: int, classes: int | None)
     if config.network.conditional:
         if classes is None:
             raise ValueError(f"network.conditional needs labels, and {config.data.name} has none")
-        if make is nn.ncsnv2:
-            raise ValueError("network.conditional needs a network that sees labels, and ncsnv2 sees none")
+        if make in (nn.ncsnv2, nn.CouplingFlow):
+            raise ValueError(f"network.conditional needs a network that sees labels, and {name} sees none")
         options["num_classes"] = classes
+    if make is nn.CouplingFlow:
+        return make(**options)
     noise_level, sigma = conditioning(config, options.get("embedding", EMBEDDINGS.get(name, "smooth")))
     if published:
         options["center_input"] = not config.data.centered and config.network.precondition == "none"
@@ -128,13 +131,16 @@ def network(config: ConfigDict, channels: int, levels: int, classes: int | None)
 def conditioning(config: ConfigDict, embedding: str):
     """Return (noise level, sigma), two functions of the time: what a network embeds, and what may divide its output.
 
-    "smooth" embeds log-SNR and "fourier" log sigma. "positional" embeds 999 t; where loss.name is "smld", the number
-    of the noise scale instead, counted from the largest of loss.scales, and sigma is that scale.
+    "smooth" embeds log-SNR, or 20 (t/t_max - 1/2) for maximum likelihood, whose flows have no noise in them, and
+    "fourier" log sigma. "positional" embeds 999 t; where loss.name is "smld", the number of the noise scale instead,
+    counted from the largest of loss.scales, and sigma is that scale.
     """
     forward_process = process(config)
     sigma = lambda t: forward_process.marginal(t)[1]
     if embedding == "fourier":
         return lambda t: jnp.log(sigma(t)), sigma
+    if embedding == "smooth" and config.loss.get("name") == "maximum_likelihood":
+        return lambda t: 20 * (t / forward_process.t_max - 0.5), sigma
     if embedding != "positional":
         return lambda t: processes.log_snr(forward_process, t), sigma
     if config.loss.get("name") != "smld":
@@ -157,7 +163,7 @@ def cells(config: ConfigDict, levels: int) -> int:
 
 def transform(config: ConfigDict, levels: int) -> DataTransform:
     """Return the map between integer levels and model space."""
-    return DataTransform(levels=levels, centered=config.data.centered)
+    return DataTransform(levels=levels, centered=config.data.centered, logit=config.data.logit)
 
 
 def field(config: ConfigDict, module, params, statistics: dict, **as_field_options) -> jdiff.Field:

@@ -12,29 +12,24 @@ per-image records (run again after a kill to go on), a histogram and the images 
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import sys
 import time
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import jdiff
-from experiments import build, cli, errors, model, pictures, song2021
+from experiments import build, cli, errors, methods, model, pictures
 from experiments.artefacts import Run, read_json, read_jsonl
-from experiments.compilation import compiler_options
 from experiments.errors import summarise
 from experiments.processes import primary, together, wait_for_all
 from experiments.records import Pair, Records
-from jdiff import bounds, data, dequantisation, log_likelihood, parallel, times
+from jdiff import data, parallel
 
 __all__ = ["against", "details", "likelihood", "per_image", "report", "summarise"]
 
@@ -88,11 +83,11 @@ def likelihood(
     shard = shard or (jax.process_index(), jax.process_count())
     if error is not None and shard[1] > 1:
         raise ValueError("--error needs one process: choose the tolerance first, with --set likelihood.images=128, say")
-    bound_methods = [_bound(config, name.strip()) for name in c.bounds.split(",")] if bound else []
+    bound_methods = [methods.bound(config, name.strip()) for name in c.bounds.split(",")] if bound else []
     if bound and config.protocol != "jdiff":
         raise ValueError(f"--bounds are of protocol jdiff, not of {config.protocol}")
     evaluation = _Evaluation(config, run, split or config.data.test, step, shard, merge)
-    ode = build.pick({"jdiff": _ode, "song2021": _song2021}, config.protocol, "protocol")
+    ode = build.pick({"jdiff": methods.exact, "song2021": methods.published}, config.protocol, "protocol")
     few = evaluation.few(c.tolerance_images)
     rtol, atol, tried = c.rtol, c.atol, None
     if error is not None:
@@ -210,21 +205,6 @@ def details(summary: dict) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
-class _Method(NamedTuple):
-    """A kind of number that an image and a draw have."""
-
-    name: str
-    settings: dict
-    """What it depends on besides what all kinds depend on."""
-    evaluator: Callable
-    """(config, model, image shape) -> jitted (params, statistics, batch, *numbers) -> records as arrays."""
-    numbers: tuple[float, ...] = ()
-    discrete: bool = False
-    """Of levels as they are, without dequantisation."""
-    joint: bool = False
-    """The images of a batch are solved as one system on the host: batches are part of the number."""
-
-
 class _Evaluation:
     """A model on a split: which records are wanted, which are there, and how to make the others."""
 
@@ -238,7 +218,7 @@ class _Evaluation:
         if source.version is None:
             raise ValueError(f"{config.data.name}/{split} is of unknown version: no number without it")
         self.size = size = math.prod(source.shape)
-        if config.likelihood.divergence == "exact" and size > _EXACT_LIMIT:
+        if config.likelihood.divergence == "exact" and size > _EXACT_LIMIT and config.network.name != "coupling":
             raise ValueError(
                 f'likelihood.divergence = "exact" takes D derivatives an evaluation and is for D <= {_EXACT_LIMIT}; '
                 f"images of {config.data.name} have D = {size}: use rademacher, with more likelihood.probes"
@@ -271,7 +251,7 @@ class _Evaluation:
             return [(int(i), 0) for i in np.unique(np.linspace(0, self.images - 1, count).round().astype(int))]
         return self.pairs(1)[: self._batch_size] if count else []
 
-    def settings(self, method: _Method) -> dict:
+    def settings(self, method: methods.Method) -> dict:
         """Return what a record depends on besides image and draw."""
         c = self._config.likelihood
         return {
@@ -283,13 +263,13 @@ class _Evaluation:
             "parameters": self._parameters,
             "seed": self._config.seed,
             "protocol": self._config.protocol,
-            "t_min": _t_min(self._config, self._trained.model.transform, discrete=method.discrete),
+            "t_min": methods.start(self._config, self._trained.model.transform, discrete=method.discrete),
             "dequantisation": c.dequantisation,
             "matmul_precision": c.matmul_precision,
             **method.settings,
         }
 
-    def records(self, pairs: list[Pair], method: _Method) -> list[dict] | None:
+    def records(self, pairs: list[Pair], method: methods.Method) -> list[dict] | None:
         """Return the records of all pairs in order, those missing evaluated first; None where other shards owe some."""
         files = Records(self._run, f"likelihood_{_slug(self.split)}", self.settings(method), self._shard)
         there = files.read()
@@ -347,188 +327,6 @@ class _Evaluation:
                 total, count = total + sum(r["bits_per_dim"] for r in records), count + len(records)
                 bar.update(len(rows))
                 bar.set_postfix_str(f"{total / count:.3f} bits/dim")
-
-
-def _ode(config, rtol, atol):
-    c = config.likelihood
-    settings = {k: c[k] for k in ("importance_samples", "divergence", "probes", "variable")} | {
-        "rtol": rtol,
-        "atol": atol,
-    }
-    return _Method("bits/dim", settings, _ode_evaluator, (rtol, atol))
-
-
-def _ode_evaluator(config, described, shape):
-    c = config.likelihood
-    forward_process, t_min = build.process(config), _t_min(config, described.transform)
-
-    @functools.partial(jax.jit, compiler_options=compiler_options())
-    def evaluate(params, statistics, batch, rtol, atol):
-        # Dequantisations that are weighted against each other have their probes in common.
-        probe = _keys(config.seed, batch["draw"] // c.importance_samples, batch["index"], 1)
-        draw = _dequantised(config, described, batch, t_min)
-        field = build.field(config, described.module, params, statistics)
-        with jax.default_matmul_precision(c.matmul_precision):
-            result = log_likelihood(
-                None if c.divergence == "exact" else probe,
-                forward_process,
-                field,
-                draw.x,
-                predict=config.network.predict,
-                divergence=c.divergence,
-                probes=c.probes,
-                variable=c.variable,
-                rtol=rtol,
-                atol=atol,
-                t_min=t_min,
-            )
-        return {
-            "bits_per_dim": dequantisation.level_bits(result.log_prob - draw.log_q, shape),
-            "probe_error": -dequantisation.level_bits(result.probe_error, shape),
-            "evaluations": result.evaluations,
-            "failed": result.failed,
-        }
-
-    return evaluate
-
-
-def _song2021(config, rtol, atol):
-    """Return the likelihood of Song et al. 2021, see `experiments.song2021.bits_per_dim`.
-
-    Raises:
-      ValueError: options that their protocol does not have.
-    """
-    c = config.likelihood
-    theirs = {"dequantisation": "uniform", "importance_samples": 1, "divergence": "rademacher", "probes": 1}
-    theirs |= {"variable": "t", "t_min": 0.0}
-    for name, value in theirs.items():
-        if c[name] != value:
-            raise ValueError(f"protocol song2021 has likelihood.{name} = {value!r}, got {c[name]!r}")
-    if config.loss.name == "smld":
-        raise ValueError(
-            'protocol song2021 has no likelihood of loss.name = "smld": it is of networks of continuous times, and '
-            "this one sees numbers of scales"
-        )
-    # The hardware's default precision and the images that share a batch were part of their numbers.
-    settings = {k: theirs[k] for k in ("importance_samples", "divergence", "probes", "variable")}
-    settings |= {"matmul_precision": "default", "batch_size": c.batch_size, "images": c.images}
-    settings |= {"rtol": rtol, "atol": atol}
-    return _Method("song2021", settings, _song2021_evaluator, (rtol, atol), joint=True)
-
-
-def _song2021_evaluator(config, described, shape):
-    forward_process = build.process(config)
-
-    def score(x, t, params, statistics):
-        field = build.field(config, described.module, params, statistics)
-        return song2021.score_fn(forward_process, field, config.network.predict)(x, t)
-
-    def evaluate(params, statistics, batch, rtol, atol):
-        key = _keys(config.seed, batch["draw"][:1], batch["index"][:1], 0)[0]
-        with jax.default_matmul_precision("default"):
-            found = song2021.bits_per_dim(
-                key,
-                forward_process,
-                score,
-                batch["image"],
-                params,
-                statistics,
-                transform=described.transform,
-                probe="rademacher",
-                rtol=rtol,
-                atol=atol,
-            )
-        bits = np.asarray(found["bits_per_dim"])
-        return {
-            "bits_per_dim": bits,
-            "probe_error": np.full(bits.shape, np.nan),
-            "evaluations": np.broadcast_to(found["evaluations"], bits.shape),
-            "failed": ~np.isfinite(bits),
-        }
-
-    return evaluate
-
-
-def _bound(config, name):
-    """Return the method of a bound by its name, see config.likelihood.bounds.
-
-    Raises:
-      ValueError: an unknown name.
-    """
-    kind, _, steps = name.partition("_")
-    known = name in ("continuous", "levels") or (kind == "steps" and steps.isdecimal() and int(steps) > 0)
-    if not known:
-        raise ValueError(f"likelihood.bounds has {name!r}; it may have continuous, levels, and steps_T for any T")
-    draws = config.likelihood.bound_draws
-    evaluator = functools.partial(_bound_evaluator, kind=kind, steps=int(steps or 0), draws=draws)
-    return _Method(name, {"bound": name, "bound_draws": draws}, evaluator, discrete=kind != "continuous")
-
-
-def _bound_evaluator(config, described, shape, *, kind, steps, draws):
-    c = config.likelihood
-    forward_process, t_min = build.process(config), _t_min(config, described.transform, discrete=kind != "continuous")
-    evaluations = draws + max(2, draws // 8) if kind == "continuous" else draws
-    ts = None
-    if kind == "steps":
-        end = float(bounds.end_time(forward_process))
-        ts = times.uniform_log_snr(forward_process, steps, t_min=t_min, t_max=end)
-        evaluations = draws = min(draws, steps)
-
-    @functools.partial(jax.jit, compiler_options=compiler_options())
-    def evaluate(params, statistics, batch):
-        keys = _keys(config.seed, batch["draw"], batch["index"], 2)
-        field = build.field(config, described.module, params, statistics)
-        with jax.default_matmul_precision(c.matmul_precision):
-            if kind == "continuous":  # of the same dequantisation as the ODE's
-                draw = _dequantised(config, described, batch, t_min)
-                bound = bounds.density_bound(
-                    keys, forward_process, field, draw.x, predict=config.network.predict, draws=draws, t_min=t_min
-                )
-                value = bound.value - draw.log_q
-            else:
-                bound = bounds.level_bound(
-                    keys,
-                    forward_process,
-                    field,
-                    batch["image"],
-                    described.transform,
-                    predict=config.network.predict,
-                    draws=draws,
-                    ts=ts,
-                    t_min=t_min if ts is None else None,
-                )
-                value = bound.value
-        return {
-            "bits_per_dim": dequantisation.level_bits(value, shape),
-            "probe_error": -dequantisation.level_bits(bound.error, shape),
-            "evaluations": jnp.full(value.shape, evaluations),
-            "failed": ~jnp.isfinite(value),
-        }
-
-    return evaluate
-
-
-def _t_min(config, transform, *, discrete=False):
-    """Return where the model ends: likelihood.t_min, else the process's own, else where noise fits into the cells."""
-    c, forward_process = config.likelihood, build.process(config)
-    if c.t_min or (c.dequantisation == "uniform" and not discrete):
-        return c.t_min or forward_process.t_min
-    return float(dequantisation.start_time(forward_process, transform))
-
-
-def _dequantised(config, described, batch, t_min):
-    """Return the dequantised images and the log-density of that draw; draw d of image i is the same for all methods."""
-    noise = _keys(config.seed, batch["draw"], batch["index"], 0)
-    if config.likelihood.dequantisation == "uniform":
-        return dequantisation.uniform(noise, described.transform, batch["image"])
-    return dequantisation.truncated_normal(noise, described.transform, batch["image"], build.process(config), t_min)
-
-
-def _keys(seed, draw, index, use):
-    """Return the keys of draws of images: folded from the seed, the draw, the image and what they are used for."""
-    key = jax.random.key(seed)
-    fold = lambda d, i: jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, d), i), use)
-    return jax.vmap(fold)(draw, index)
 
 
 def _bounds_table(singles, weighted, bounded):

@@ -19,6 +19,7 @@ from jdiff.transforms import DataTransform
 
 # Enough for mean and standard deviation of a pixel; the rest of a large set is not read.
 _STATISTICS_EXAMPLES = 50_000
+_MIDPOINTS = (np.arange(256) + 0.5) / 256
 
 
 class Model(NamedTuple):
@@ -57,11 +58,12 @@ def describe(config: ConfigDict, source: data.Source) -> Model:
 def initialise(config: ConfigDict, model: Model, key: jax.Array) -> Any:
     """Return the network's initial parameters."""
     *size, channels = model.shape
-    inputs = 2 * channels if config.network.precondition == "levels" else channels
-    x = jnp.zeros((1, *size, inputs), jnp.float32)
+    seen = 2 * channels if config.network.precondition == "levels" else channels
+    x = jnp.zeros((1, *size, seen), jnp.float32)
     t = jnp.full((1,), 0.5 * build.process(config).t_max)
     cond = jnp.zeros((1,), jnp.int32) if config.network.conditional else None
-    return jax.jit(lambda key: model.module.init(key, x, t, cond)["params"])(key)
+    inputs = (x,) if config.network.name == "coupling" else (x, t, cond)
+    return jax.jit(lambda key: model.module.init(key, *inputs)["params"])(key)
 
 
 def load_initial(config: ConfigDict, model: Model) -> Any:
@@ -101,6 +103,11 @@ def statistics(config: ConfigDict, source: data.Source, transform: DataTransform
         ends = np.asarray(transform.forward(edges / transform.levels))
         return {"log_prior": log_prior.astype(np.float32), "edges": ends.astype(np.float32)}
     axes = 0 if config.network.precondition == "pixel" else None
+    if transform.logit:  # moments over each level's cell, by its midpoints
+        points = np.asarray(transform.forward((np.arange(transform.levels)[:, None] + _MIDPOINTS) / transform.levels))
+        mean, square = ((points**n).mean(axis=1)[images.astype(int)].mean(axis=axes) for n in (1, 2))
+        std = np.sqrt(square - mean**2)
+        return {k: np.broadcast_to(v, source.shape).astype(np.float32) for k, v in (("mean", mean), ("std", std))}
     noisy = config.data.dequantise
     mean, variance = images.mean(axis=axes), images.var(axis=axes) + 1 / 12
     scale = 1 / transform.levels if noisy else 1 / (transform.levels - 1)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from experiments import song2021
+from experiments import flows, song2021
 from experiments.build import field, pick, process
 from jdiff import conditions, coupling, losses, times
 from jdiff.transforms import DataTransform, random_flip
@@ -90,7 +90,8 @@ def loss(config: ConfigDict, module, statistics: dict, data_transform: DataTrans
     = False gives half the sum over the image, not the mean. "classifier" is the cross entropy of the label given x_t,
     with the accuracy among its metrics. A batch with "noise" holds pairs in model space, as `experiments.pairs` makes
     them; otherwise the noise of an example comes from its key, or with loss.coupling = "optimal_transport" from that of
-    one of its group with the same condition.
+    one of its group with the same condition. "maximum_likelihood"
+    draws no times (see `flows`).
     """
     forward_process = process(config)
     weight, draw = weighting(config), training_times(config)
@@ -111,9 +112,15 @@ def loss(config: ConfigDict, module, statistics: dict, data_transform: DataTrans
             group = config.loss.coupling_group if train else math.gcd(len(x0), config.loss.coupling_group)
             eps = eps[coupling.optimal_transport(x0, eps, labels=cond, group=group)]
         rngs = {"dropout": _fold(keys, 4)} if train and getattr(module, "dropout", 0) else None
+        if config.network.name == "coupling":
+            dropout = rngs and rngs["dropout"]
+            result = flows.coupling_likelihood(module, params, statistics, x0, dropout=dropout)
+            return -result.log_prob / math.prod(x0.shape[1:]), {}
         trained = field(config, module, params, statistics, cond=cond, train=train, rngs=rngs)
         if (policy := REMAT[config.training.remat]) is not None:
             trained = jax.checkpoint(trained, policy=policy)
+        if config.loss.name == "maximum_likelihood":
+            return flows.continuous_loss(config, trained, _fold(keys, 2), x0), {}
         if config.loss.name in OBJECTIVES:
             labels = jax.vmap(lambda k: jax.random.randint(k, (), 0, scales))(_fold(keys, 5))
             objective = functools.partial(OBJECTIVES[config.loss.name], scales=scales, reduce_mean=reduce_mean)
@@ -143,7 +150,7 @@ def _known_options(function, group, path, given):
 def check_objective(config: ConfigDict) -> None:
     """Raise ValueError for a loss that the process, the prediction or the other fields do not fit."""
     name, forward_process = config.loss.name, process(config)
-    pick(("denoising", "classifier", *OBJECTIVES), name, "loss.name")
+    pick(("denoising", "classifier", "maximum_likelihood", *OBJECTIVES), name, "loss.name")
     pick(COUPLINGS, config.loss.coupling, "loss.coupling")
     if config.loss.coupling_group < 1:
         raise ValueError(f"loss.coupling_group must be positive, got {config.loss.coupling_group}")
@@ -152,6 +159,11 @@ def check_objective(config: ConfigDict) -> None:
             f'data.pairs have their noise: they need loss.name = "denoising" and loss.coupling = "independent", got '
             f"{name!r} and {config.loss.coupling!r}"
         )
+    if name == "maximum_likelihood":
+        _check_flow(config)
+        return
+    if config.network.name == "coupling" or config.data.logit:
+        raise ValueError(f'network "coupling" and data.logit need loss.name = "maximum_likelihood", got {name!r}')
     if config.loss.scales < 2:
         raise ValueError(f"loss.scales must be 2 or more, got {config.loss.scales}")
     if name in ("denoising", "classifier"):
@@ -159,13 +171,31 @@ def check_objective(config: ConfigDict) -> None:
     wanted = dict(zip(("process.name", "network.predict"), _DISCRETE[name]))
     wanted |= {"loss.weight.name": "sigma2", "loss.times.name": "uniform"}
     for path, value in wanted.items():
-        found = functools.reduce(lambda group, key: group[key], path.split("."), config)
-        if found != value:
+        if (found := _at(config, path)) != value:
             raise ValueError(f"loss.name = {name!r} needs {path} = {value!r}, got {found!r}")
     if forward_process.t_max != 1:
         raise ValueError(f"loss.name = {name!r} needs t_max = 1, got {forward_process.t_max}")
     if name == "ddpm":
         song2021.betas(forward_process, config.loss.scales)
+
+
+def _check_flow(config):
+    c = config.loss.cnf
+    pick(tuple(flows.TABLEAUS), c.solver, "loss.cnf.solver")
+    pick(("rademacher", "gaussian", "exact"), c.divergence, "loss.cnf.divergence")
+    pick(("adjoint", "discrete"), c.gradient, "loss.cnf.gradient")
+    if c.steps < 1 or not min(c.kinetic, c.jacobian) >= 0:
+        raise ValueError(f"loss.cnf needs steps >= 1, kinetic and jacobian >= 0, got {c.to_dict()}")
+    wanted = {"process.name": "Rectified", "network.predict": "velocity", "protocol": "jdiff", "data.dequantise": True}
+    for path, value in wanted.items():
+        if (found := _at(config, path)) != value:
+            raise ValueError(f'loss.name = "maximum_likelihood" needs {path} = {value!r}, got {found!r}')
+    known = ("scalar", "pixel") if config.network.name == "coupling" else ("none", "scalar", "pixel")
+    pick(known, config.network.precondition, "network.precondition")
+
+
+def _at(config, path):
+    return functools.reduce(lambda group, key: group[key], path.split("."), config)
 
 
 def _fold(keys, n):

@@ -23,7 +23,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import build, checks, cli, guides, model, pictures, samplers, search_grid, song2021, tasks
+from experiments import build, checks, cli, flows, guides, model, pictures, samplers, search_grid, song2021, tasks
 from experiments.artefacts import Run
 from experiments.parts import Parts
 from experiments.processes import primary, together, wait_for_all
@@ -173,6 +173,8 @@ def drawing(config: ConfigDict, run: Run) -> Drawing:
         spread = lambda index: parallel.shard_batch(index, mesh)
     if config.protocol == "song2021":
         draw = _song2021(config, described)
+    elif config.network.name == "coupling":
+        draw = _coupling(described)
     elif c.solver in samplers.ADAPTIVE:
         draw = _adaptive(config, described)
     else:
@@ -186,6 +188,8 @@ def drawing(config: ConfigDict, run: Run) -> Drawing:
 def solver_name(config: ConfigDict) -> str:
     """Return what the files of `sample` are named after."""
     c = config.sampling
+    if config.network.name == "coupling":
+        return "coupling"
     return f"song2021_{c.predictor}_{c.corrector}" if config.protocol == "song2021" else c.solver
 
 
@@ -258,6 +262,26 @@ def _adaptive(config, described):
         if not bool(jnp.isfinite(x).all()):
             raise FloatingPointError(f"the last denoising after {c.solver} gave values that are not finite")
         print(f"{c.solver}: {evaluations.mean():.0f} evaluations on average, {evaluations.max()} at most")
+        return x, None, None
+
+    return checked
+
+
+def _coupling(described):
+    """Return (params, statistics, keys, cond) -> (samples of a coupling flow, None, None).
+
+    Raises:
+      FloatingPointError: from the function returned: values that are not finite.
+    """
+
+    @jax.jit
+    def draw(params, statistics, keys):
+        return flows.coupling_samples(described.module, params, statistics, keys, described.shape)
+
+    def checked(params, statistics, keys, cond):
+        x = draw(params, statistics, keys)
+        if not bool(jnp.isfinite(x).all()):
+            raise FloatingPointError("the coupling flow's inverse gave values that are not finite")
         return x, None, None
 
     return checked

@@ -15,12 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdiff import processes
-from jdiff._array import check_array, check_grid, is_concrete, lincomb, sum_event
+from jdiff._array import batch_time, check_array, check_grid, is_concrete, lincomb, sum_event
 from jdiff._divergence import Divergence, check_divergence, directions, trace, value_and_products
 from jdiff._typing import Array, Field, Key, Kind, Process
-from jdiff.sde import SDE, probability_flow
-from jdiff.solvers.base import integrate
-from jdiff.solvers.ode import runge_kutta, stages
+from jdiff.sde import probability_flow
 from jdiff.solvers.tableaus import RK4, Tableau
 
 __all__ = ["Terms", "maximum_likelihood"]
@@ -92,31 +90,69 @@ def maximum_likelihood(
         raise ValueError(f"ts must end at the prior's time t_max = {process.t_max}, got {last}")
     drift = probability_flow(process, field, predict=predict).drift
     tangents = directions(key, x, divergence, probes)
-    ts, start = jnp.asarray(ts, x.dtype), (x, jnp.zeros((len(x), 3), x.dtype) + 0 * x.reshape(len(x), -1)[:, :1])
+    ts, exact = jnp.asarray(ts, x.dtype), divergence == "exact"
+    # Zeros made from values vary over devices as these do.
+    zeros = jnp.zeros((len(x), 3), x.dtype) + 0 * x.reshape(len(x), -1)[:, :1]
     if gradient == "discrete":
-        solver = runge_kutta(SDE(_augmented(drift, tangents, exact=divergence == "exact")), tableau)
-        (z, totals), _ = integrate(None, solver, start, ts, remat=True)
+        z, totals = _integrate(_rates(drift, tangents, exact=exact), tableau, x, zeros, ts)
     else:
         drift, values, constants = _hoisted(drift, x, jnp.broadcast_to(ts[0], x.shape[:1]))
-        constants = constants, tangents, ts
-        z, totals = _adjoint(drift, tableau, divergence == "exact", start, values, constants)
+        z, totals = _adjoint(drift, tableau, exact, (x, zeros), values, (constants, tangents, ts))
     end = processes.prior_log_prob(process, z) if prior_log_prob is None else prior_log_prob(z)
     log_det, kinetic, jacobian = totals.T
     return Terms(-end - log_det, kinetic, jacobian)
 
 
-def _augmented(drift, tangents, *, exact):
-    """Return the drift of (x, totals), totals of shape (batch, 3): div v, |v|^2 and |dv/dx|_F^2."""
+def _rates(drift, tangents, *, exact):
+    """Return (x, t) -> (v, rates of the totals), these of shape (batch, 3): div v, |v|^2 and |dv/dx|_F^2."""
     reduce = jnp.sum if exact else jnp.mean
 
-    def augmented(state, t):
-        x, _ = state
+    def rates(x, t):
+        t = batch_time(t, x)
         products = lambda e, derivative: (trace(e, derivative), sum_event(derivative**2))
         velocity, (traces, norms) = value_and_products(lambda x: drift(x, t), x, tangents, products)
-        rates = reduce(traces, axis=1), sum_event(velocity**2), reduce(norms, axis=1)
-        return velocity, jnp.stack(rates, axis=1)
+        found = reduce(traces, axis=1), sum_event(velocity**2), reduce(norms, axis=1)
+        return velocity, jnp.stack(found, axis=1)
 
-    return augmented
+    return rates
+
+
+def _integrate(rates, tableau, state, totals, ts):
+    """Return state and totals at ts[-1]; rates(state, t) are those of both, and do not depend on the totals.
+
+    Stages are turns of a loop, so that the field is compiled once, not once a stage. Each step is recomputed when
+    differentiated.
+    """
+    count = len(tableau.b)
+    table = np.zeros((count, count))
+    for i, row in enumerate(tableau.a):
+        table[i + 1, : i + 1] = row
+    rows, b, c = (jnp.asarray(numbers, ts.dtype) for numbers in (table, tableau.b, tableau.c))
+
+    def moved(state, h, weights, slopes):
+        def leaf(x, k):
+            w = (h * weights).astype(x.dtype).reshape(-1, *(1,) * x.ndim)
+            return x + jnp.sum(w * k, axis=0)
+
+        return jax.tree.map(leaf, state, slopes)
+
+    @jax.checkpoint
+    def step(carry, ends):
+        state, totals = carry
+        t, h = ends[0], ends[1] - ends[0]
+
+        def stage(carry, inputs):
+            slopes, totals = carry
+            i, row, b, c = inputs
+            slope, found = rates(moved(state, h, row, slopes), t + c * h)
+            slopes = jax.tree.map(lambda all_, k: all_.at[i].set(k), slopes, slope)
+            return (slopes, lincomb((1.0, totals), (h * b, found))), None
+
+        slopes = jax.tree.map(lambda x: jnp.zeros_like(x, shape=(count, *x.shape)) + 0 * x[None], state)
+        (slopes, totals), _ = jax.lax.scan(stage, (slopes, totals), (jnp.arange(count), rows, b, c))
+        return (moved(state, h, b, slopes), totals), None
+
+    return jax.lax.scan(step, (state, totals), (ts[:-1], ts[1:]))[0]
 
 
 def _hoisted(drift, x, t):
@@ -138,40 +174,33 @@ def _hoisted(drift, x, t):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _adjoint(drift, tableau, exact, start, values, constants):
-    """Integrate (x, totals) over the grid; differentiated by the adjoint equation in x and the closed-over values."""
-    solver = runge_kutta(SDE(_closed(drift, exact, values, constants)), tableau)
-    return integrate(None, solver, start, constants[-1])[0]
+    """Integrate x and the totals over the grid; differentiated by the adjoint equation in x and the values."""
+    return _integrate(_closed(drift, exact, values, constants), tableau, *start, constants[-1])
 
 
 def _closed(drift, exact, values, constants):
     constants, tangents, _ = constants
-    return _augmented(lambda x, t: drift(x, t, values, constants), tangents, exact=exact)
+    return _rates(lambda x, t: drift(x, t, values, constants), tangents, exact=exact)
 
 
 def _forwards(drift, tableau, exact, start, values, constants):
     end = _adjoint(drift, tableau, exact, start, values, constants)
-    return end, (end, values, constants)
+    return end, (end[0], values, constants)
 
 
 def _backwards(drift, tableau, exact, residuals, cotangents):
-    (z, totals), values, constants = residuals
-    of_z, of_totals = cotangents  # the rates do not depend on the totals: their adjoint is constant
+    z, values, constants = residuals
+    of_z, of_totals = cotangents  # that of the totals is constant in time
 
-    def adjoint(state, t):
-        x, of_x, _ = state
-        rates = lambda x, values: _closed(drift, exact, values, constants)((x, totals), t)
-        (velocity, _), pull = jax.vjp(rates, x, values)
-        return velocity, *jax.tree.map(jnp.negative, pull((of_x, of_totals)))
+    def rates(state, t):
+        x, of_x = state
+        forwards = lambda x, values: _closed(drift, exact, values, constants)(x, t)
+        (velocity, _), pull = jax.vjp(forwards, x, values)
+        slope, of_values = jax.tree.map(jnp.negative, pull((of_x, of_totals)))
+        return (velocity, slope), of_values
 
-    def step(state, ends):
-        t, s = ends
-        slopes = stages(adjoint, tableau, state, t, s - t)
-        return lincomb((1.0, state), *(((s - t) * b, k) for b, k in zip(tableau.b, slopes) if b != 0)), None
-
-    # Zeros made from the values vary over devices as these do.
-    state = z, of_z, jax.tree.map(lambda value: 0 * value, values)
-    ts = constants[-1]
-    (_, of_x, of_values), _ = jax.lax.scan(step, state, (ts[:0:-1], ts[-2::-1]))
+    zeros = jax.tree.map(lambda value: 0 * value, values)
+    (_, of_x), of_values = _integrate(rates, tableau, (z, of_z), zeros, constants[-1][::-1])
     return (of_x, of_totals), of_values, None
 
 

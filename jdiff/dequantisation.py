@@ -35,12 +35,14 @@ class Dequantised(NamedTuple):
 
 
 def uniform(key: Key, transform: DataTransform, levels: Array, *, dtype=jnp.float32) -> Dequantised:
-    """Draw x uniformly in the cells: log_q = -D log width, so that log p - log_q is `log p + transform.log_det`.
+    """Draw x uniformly in the cells of levels: log p - log_q is `log p + transform.log_det_at(x)`.
+
+    In an affine model space log_q is the constant -D log width.
 
     Theis et al. 2016 (arXiv 1511.01844), section 3.1. Arguments and errors as in `DataTransform.dequantise`.
     """
     x = transform.forward(transform.dequantise(key, levels, dtype=dtype))
-    return Dequantised(x, jnp.full_like(x, -transform.log_det(x.shape[1:]), shape=x.shape[:1]))
+    return Dequantised(x, -transform.log_det_at(x))
 
 
 def truncated_normal(

@@ -1,6 +1,6 @@
 """From integer images to the space a model lives in and back, with the volume it costs; bits per dimension.
 
-    integer levels 0 .. L-1 --dequantise or rescale--> unit interval --forward--> [-1, 1] or [0, 1] --inverse--> levels
+    levels 0 .. L-1 --dequantise or rescale--> unit interval --forward--> [-1, 1], [0, 1] or R --inverse--> levels
 
 A density on the model space becomes a probability of integer images through the log-determinant of that map alone:
 there is no constant to remember (the often quoted offsets 7 and 8 are log2(256/2) and log2(256)).
@@ -15,11 +15,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import example_keys
+from jdiff._array import example_keys, sum_event
 from jdiff._pytree import register_dataclass
 from jdiff._typing import Array, Key
 
 __all__ = ["DataTransform", "bits_per_dim", "random_flip"]
+
+# Keeps the logit's argument off 0 and 1.
+_MARGIN = 1e-6
 
 
 @register_dataclass
@@ -33,10 +36,14 @@ class DataTransform:
     Attributes:
       levels: the number L of levels a pixel can take, from 0 to L-1: 256 for 8-bit images, 17 for the 8x8 digits.
       centered: True maps the unit interval to [-1, 1], False leaves it.
+      logit: instead, the unit interval is stretched to all reals, logit(m + (1 - 2 m) unit) with m = 1e-6, so that
+        pixels that are always at an end vary as much as others: Dinh et al. 2017 (arXiv 1605.08803), section 4.1, with
+        the margin of Grathwohl et al. 2019 (arXiv 1810.01367). Cells are of many widths then.
     """
 
     levels: int = dataclasses.field(default=256, metadata={"static": True})
     centered: bool = dataclasses.field(default=True, metadata={"static": True})
+    logit: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def dequantise(self, key: Key, x: Array, *, dtype=jnp.float32) -> Array:
         """Uniform dequantisation (x + u) / L, u ~ U(0, 1) per entry (Theis et al. 2016, arXiv 1511.01844, section 3.1).
@@ -76,11 +83,16 @@ class DataTransform:
         return x.astype(dtype) / (self.levels - 1)
 
     def forward(self, unit: Array) -> Array:
-        """From the unit interval to the model space: 2 unit - 1 if centered, else unit."""
+        """From the unit interval to the model space: 2 unit - 1 if centered, else unit; or its logit."""
+        if self.logit:
+            inner = _MARGIN + (1 - 2 * _MARGIN) * unit
+            return jnp.log(inner) - jnp.log1p(-inner)
         return 2.0 * unit - 1.0 if self.centered else unit
 
     def inverse(self, x: Array) -> Array:
         """From the model space to integer levels, clip(floor(L unit), 0, L-1): undoes both ways there.
+
+        The logit's rounding may take a draw next to the edge of its cell over it.
 
         Returns:
           uint8 for up to 256 levels, else uint16 or int32. Entries out of range are clipped; NaN has no level.
@@ -92,12 +104,19 @@ class DataTransform:
             raise TypeError(f"x must be floating point, got dtype {jnp.result_type(x)}")
         x = x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
         unit = 0.5 * (x + 1.0) if self.centered else x
+        if self.logit:
+            unit = (jax.nn.sigmoid(x) - _MARGIN) / (1 - 2 * _MARGIN)
         dtype = jnp.uint8 if self.levels <= 2**8 else jnp.uint16 if self.levels <= 2**16 else jnp.int32
         return jnp.clip(jnp.floor(unit * self.levels), 0, self.levels - 1).astype(dtype)
 
     @property
     def width(self) -> float:
-        """The width of a level's cell in the model space: 2/L if centered, else 1/L."""
+        """The width of a level's cell in the model space: 2/L if centered, else 1/L.
+
+        Raises:
+          ValueError: logit: it differs from level to level.
+        """
+        self._check_affine()
         return (2.0 if self.centered else 1.0) / self.levels
 
     def center(self, x: Array, *, dtype=jnp.float32) -> Array:
@@ -117,10 +136,26 @@ class DataTransform:
         inequality, log P(levels) >= E_u[log p(forward((levels + u) / L))] + log_det (Theis et al. 2016, section 3.1).
 
         Raises:
-          ValueError: event_shape is not a shape of positive sizes, or levels below 2.
+          ValueError: event_shape is not a shape of positive sizes, levels below 2, or logit: see `log_det_at`.
         """
+        self._check_affine()
         _check_levels(self.levels)
         return _event_size(event_shape) * (math.log(2.0 if self.centered else 1.0) - math.log(self.levels))
+
+    def log_det_at(self, x: Array) -> Array:
+        """`log_det` at points of the model space (batch, *event), shape (batch,): where the map is no affine one.
+
+        The logit's is sum log(1 - 2 m) + softplus(x) + softplus(-x) - log L.
+        """
+        if not self.logit:
+            return jnp.full_like(x, self.log_det(x.shape[1:]), shape=x.shape[:1])
+        _check_levels(self.levels)
+        constant = math.log(1 - 2 * _MARGIN) - math.log(self.levels)
+        return sum_event(jax.nn.softplus(x) + jax.nn.softplus(-x) + constant)
+
+    def _check_affine(self) -> None:
+        if self.logit:
+            raise ValueError("with logit cells have many widths: there is no one number; see log_det_at")
 
     def _dequantised(self, x: Array, u: Array) -> Array:
         return (x.astype(u.dtype) + u) / self.levels

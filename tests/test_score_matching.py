@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 import jdiff
 from jdiff import analytic, losses, score_matching
@@ -99,7 +100,7 @@ def test_gradients_against_finite_differences(x64):
         lambda p: jnp.sum(score_matching.implicit(model(p), x, T)),
         lambda p: jnp.sum(score_matching.sliced(jax.random.key(3), model(p), x, T, reduce_variance=False)),
     ):
-        jax.test_util.check_grads(jax.jit(loss), (p,), order=1, modes=("rev",), rtol=1e-6)
+        check_grads(jax.jit(loss), (p,), order=1, modes=("rev",), rtol=1e-6)
 
 
 def test_an_example_depends_on_its_own_key_alone():

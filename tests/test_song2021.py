@@ -14,7 +14,7 @@ import pytest
 
 import jdiff
 from configs import smoke
-from experiments import build, checks, likelihood, objectives, reproduce, sample, song2021, train
+from experiments import build, checks, likelihood, methods, objectives, reproduce, sample, song2021, train
 from experiments.artefacts import Run
 from jdiff import _divergence, data, losses, nn, predictions, training
 from jdiff.importers import score_sde
@@ -409,7 +409,7 @@ def test_likelihood_script(trained, monkeypatch):
     assert 1 <= len(traced) <= 2
     config.loss.name = "smld"
     with pytest.raises(ValueError, match="has no likelihood of"):
-        likelihood._song2021(config, 1e-5, 1e-5)
+        methods.published(config, 1e-5, 1e-5)
     config.loss.name = "denoising"
 
 

@@ -159,3 +159,20 @@ def test_random_flip_mirrors_the_width_of_half_of_the_images():
 def test_bad_input(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_the_logit_has_its_log_determinant_and_is_undone(x64):
+    transform = DataTransform(17, logit=True)
+    unit = jnp.asarray(np.random.default_rng(0).uniform(size=(3, *EVENT)))
+    x = transform.forward(unit)
+    slope = jax.vmap(jax.vmap(jax.grad(transform.forward)))(
+        unit.reshape(3, -1),
+    )
+    np.testing.assert_allclose(transform.log_det_at(x), jnp.log(slope / 17).sum(axis=1), rtol=1e-10)
+    levels = jnp.broadcast_to(jnp.arange(17)[:, None], (17, 4))
+    draw = transform.forward(transform.dequantise(jax.random.key(0), levels, dtype=jnp.float64))
+    np.testing.assert_array_equal(transform.inverse(draw), levels)
+    with pytest.raises(ValueError, match="log_det_at"):
+        transform.log_det(EVENT)
+    affine = DataTransform(17)
+    np.testing.assert_allclose(affine.log_det_at(x), np.full(3, affine.log_det(EVENT)), rtol=1e-10)
