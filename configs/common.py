@@ -31,8 +31,8 @@ def defaults() -> ConfigDict:
     c.network.cells = 0  # of precondition "levels": neighbouring levels merged into so many cells; 0: none merged
 
     c.loss = ConfigDict()
-    # denoising: at continuous times; ddpm, smld: at the discrete ones of Song et al. 2021; classifier; maximum_likelihood:
-    # of the probability flow, or of a coupling flow (network.name)
+    # denoising: at continuous times; ddpm, smld: at the discrete ones of Song et al. 2021; classifier;
+    # maximum_likelihood: of the probability flow, or of a coupling flow (network.name)
     c.loss.name = "denoising"
     c.loss.scales = 1000  # of ddpm and smld: the number of times
     c.loss.reduce_mean = True  # mean over the image; False: half the sum, as published for VE
