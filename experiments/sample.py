@@ -268,7 +268,7 @@ def _adaptive(config, described):
 
 
 def _coupling(described):
-    """Return (params, statistics, keys, cond) -> (samples of a coupling flow, None, None).
+    """Return (params, statistics, keys, cond, helpers) -> (samples of a coupling flow, None, None).
 
     Raises:
       FloatingPointError: from the function returned: values that are not finite.
@@ -278,7 +278,7 @@ def _coupling(described):
     def draw(params, statistics, keys):
         return flows.coupling_samples(described.module, params, statistics, keys, described.shape)
 
-    def checked(params, statistics, keys, cond):
+    def checked(params, statistics, keys, cond, helpers):
         x = draw(params, statistics, keys)
         if not bool(jnp.isfinite(x).all()):
             raise FloatingPointError("the coupling flow's inverse gave values that are not finite")

@@ -16,7 +16,7 @@ import pytest
 
 import jdiff
 from configs import smoke
-from experiments import build, checks, cli, errors, likelihood, model, song2021
+from experiments import build, checks, cli, errors, likelihood, methods, model, song2021
 from experiments.artefacts import Run, read_json, read_jsonl
 from experiments.records import Records
 from jdiff import bounds, checkpoint, data, dequantisation
@@ -272,9 +272,9 @@ def _bits(run):
 
 def test_killed_sharded_and_in_other_batches_it_is_the_same_evaluation(folder, monkeypatch):
     whole, traces = folder("whole"), []
-    log_likelihood = likelihood.log_likelihood
+    log_likelihood = methods.log_likelihood
     counted = lambda *args, **options: traces.append(1) or log_likelihood(*args, **options)
-    monkeypatch.setattr(likelihood, "log_likelihood", counted)
+    monkeypatch.setattr(methods, "log_likelihood", counted)
     summary = likelihood.likelihood(_config(**SETTINGS), whole)
     assert len(traces) == 1  # all batches, both tolerances
     assert summary == read_json(whole / "likelihood_test.json")
