@@ -24,6 +24,7 @@ from experiments import (
     demo,
     learning_curve,
     likelihood,
+    methods,
     model,
     objectives,
     parts,
@@ -308,7 +309,7 @@ def test_likelihood_does_not_depend_on_the_batch_size(done, monkeypatch):
     assert min(abs(table[i, 0] - table[i, 1]) for i in range(12)) > 1e-6  # each draw has noise of its own
 
     with monkeypatch.context() as patch:  # the same settings again: what is there
-        patch.setattr(likelihood, "_ode_evaluator", None)
+        patch.setattr(methods, "_exact_evaluator", None)
         assert likelihood.likelihood(config, done) == first
         assert likelihood.likelihood(_config(**{**_LIKELIHOOD, "likelihood__batch_size": 16}), done) == first
     (done / "likelihood_test.json").unlink()

@@ -315,7 +315,7 @@ def test_killed_sharded_and_in_other_batches_it_is_the_same_evaluation(folder, m
         assert likelihood.likelihood(config, split, shard=(k, 3)) is None
     with monkeypatch.context() as patch:
         last = likelihood.likelihood(config, split, shard=(1, 3))
-        patch.setattr(likelihood, "_ode_evaluator", None)
+        patch.setattr(methods, "_exact_evaluator", None)
         assert likelihood.likelihood(config, split, merge=True) == last == likelihood.likelihood(config, split)
     assert len(list(split.path.glob("likelihood_test-*.1-of-3.jsonl"))) == 2  # two tolerances
     np.testing.assert_allclose(_bits(split), expected, rtol=2e-4)
