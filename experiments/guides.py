@@ -15,7 +15,7 @@ from experiments.artefacts import Run
 from jdiff import data
 
 # What a guide must have in common with the model that it guides.
-_SHARED = ("data.name", "data.centered", "data.size", "process")
+_SHARED = ("data.name", "data.centered", "data.logit", "data.size", "process")
 
 
 @jdiff.register_dataclass

@@ -34,6 +34,8 @@ def make(config: ConfigDict, run: Run, out: Run, number: int) -> str:
       ValueError: not a flow with the noise at its end, a stochastic solver, number < 1, what `sample.drawing` raises.
       FloatingPointError: values that are not finite.
     """
+    if config.loss.name == "maximum_likelihood":
+        raise ValueError("pairs are made by a rectified flow, not by one trained by maximum likelihood")
     if config.process.name != "Rectified" or config.network.predict != "velocity":
         raise ValueError(
             'pairs are made by a rectified flow: process.name = "Rectified" and network.predict = "velocity", got '

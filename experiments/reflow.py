@@ -46,8 +46,10 @@ def reflow(config: ConfigDict, run: Run, out: Run, *, number: int, samples: int,
       distil: train at pure noise only, for one step.
 
     Raises:
-      ValueError: one folder for both, and what `pairs.make` and `train.train` raise.
+      ValueError: one folder for both, too few samples, and what `pairs.make` and `train.train` raise.
     """
+    if samples < 2 * _BLOCKS:
+        raise ValueError(f"--samples must be at least {2 * _BLOCKS}, got {samples}")
     if run.path == out.path:
         raise ValueError(f"--workdir and --workdir_out must be two folders, got {run.path} twice")
     teacher = cli.from_dict(run.config())
@@ -56,8 +58,7 @@ def reflow(config: ConfigDict, run: Run, out: Run, *, number: int, samples: int,
     config = student(config, run, folder, distil=distil)
     if code := train.train(config, out):
         return code
-    if primary():
-        report(teacher, run, config, out, samples)
+    report(teacher, run, config, out, samples)  # by all: reading a checkpoint is a common act
     wait_for_all("the report")
     return 0
 
@@ -99,9 +100,10 @@ def report(teacher: ConfigDict, run: Run, config: ConfigDict, out: Run, samples:
             found[name]["euler"][str(steps)] = quality("energy", drawn_coarse) | away
             rows.append(drawn_coarse[:_COLUMNS])
         rows.append(drawn[:_COLUMNS])
-    out.write_json("reflow.json", found)
-    pictures.grid(out / "reflow.png", np.concatenate(rows), levels, columns=_COLUMNS)
-    print(table(found))
+    if primary():
+        out.write_json("reflow.json", found)
+        pictures.grid(out / "reflow.png", np.concatenate(rows), levels, columns=_COLUMNS)
+        print(table(found))
     return found
 
 

@@ -390,6 +390,8 @@ def main() -> None:
                 config.sampling[field] = flags.FLAGS[flag].value
         values = flags.FLAGS
         config.sampling.control.method = values.method or config.sampling.control.method
+        if values.task is not None and values["class"].value is None and config.sampling.label == "cycle":
+            config.sampling.label = "null"  # an image has no class of its own
         checks.check(config)
         if values.task is not None:
             controlled(config, folder, values.task, values.input, values.mask)

@@ -125,7 +125,7 @@ def guided(config: ConfigDict, module, params, statistics: dict, cond, guides: d
             raise ValueError(f"sampling.negative must be below {module.num_classes}, got {c.negative}")
         null = jnp.full_like(label, int(c.negative) if c.negative else module.num_classes)
         conditional = lambda x, t, cond: field(config, module, params, statistics, cond=cond)(x, t)
-        if c.guidance == 0 and everywhere and not options:  # what it comes to, at half the price
+        if c.guidance == 0 and not options:  # what it comes to, at half the price
             made = lambda x, t: conditional(x, t, null)
         else:
             made = guidance.classifier_free(conditional, label, null, scheduled(c.guidance, 1.0), **options)
@@ -207,6 +207,8 @@ def check_guidance(config: ConfigDict) -> None:
             f"sampling.guidance_low must be below guidance_high, and that at most {end} (or 0, which means that); "
             f"got {c.guidance_low} and {c.guidance_high}"
         )
+    if c.threshold and config.data.logit:
+        raise ValueError("sampling.threshold clips to the range of levels, and the data are logits (data.logit)")
     if c.negative and not c.negative.isdecimal():
         raise ValueError(f"sampling.negative must be empty or the number of a class, got {c.negative!r}")
     weak = bool(c.weak_workdir or c.weak_step)

@@ -118,7 +118,9 @@ def read(config: ConfigDict, run: Run, step: int) -> jax.Array:
     ts = found.get("ts") if isinstance(found, dict) else None
     if not isinstance(ts, list) or not all(isinstance(t, float) for t in ts) or len(ts) != config.sampling.steps + 1:
         raise ValueError(f"{file} must hold {config.sampling.steps + 1} times")
-    if found.get("step") != step or found.get("sampling") != _identity(config):
+    of = found.get("sampling")
+    same = isinstance(of, dict) and {"threshold": 0.0} | of == _identity(config)  # older files have no threshold
+    if found.get("step") != step or not same:
         raise ValueError(f"{file} was found at another step of the training or for other sampling fields: search again")
     return jnp.asarray(ts)
 

@@ -57,8 +57,10 @@ def check(config: ConfigDict, task: str, mask: str | None) -> str:
     c = config.sampling
     method = c.control.method if c.control.method != "default" else METHODS[task][0]
     build.pick(METHODS[task], method, f"sampling.control.method (with --task {task})")
-    if config.protocol != "jdiff" or jax.process_count() > 1:
-        raise ValueError(f'--task runs in one process and with protocol = "jdiff", not {config.protocol!r}')
+    if jax.process_count() > 1:
+        raise ValueError("--task runs in one process")
+    if config.protocol != "jdiff" or config.network.name == "coupling" or config.data.logit:
+        raise ValueError('--task needs protocol = "jdiff" and a field of levels, not a coupling flow or data.logit')
     if c.solver not in samplers.SOLVERS or c.grid == samplers.SEARCHED:
         raise ValueError(f"--task needs a solver on a named grid, got {c.solver!r} on {c.grid!r}")
     if c.autoguidance != 1 or c.classifier_workdir:

@@ -60,7 +60,7 @@ def drop_condition(keys: Key, cond: PyTree, null: PyTree, rate: Array | float) -
       TypeError: keys not typed threefry keys.
     """
     check_key(keys)
-    if keys.ndim != 1:
+    if any(keys.shape != leaf.shape[:1] for leaf in jax.tree.leaves(cond)):
         raise ValueError(f"keys must be one per example, shape (batch,), got shape {keys.shape}")
     shapes = lambda tree: jax.tree.map(jnp.shape, tree)
     if shapes(cond) != shapes(null):

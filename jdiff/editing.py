@@ -40,7 +40,7 @@ def replacement(
 ) -> Solver:
     """Return a solver whose every step ends with the measured part of x_s replaced by y brought to time s.
 
-    y_s = alpha_s y + sqrt(sigma_s^2 A A^T - alpha_s^2 std^2) z has the law of A x_s given y, and
+    y_s = alpha_s y + sqrt(sigma_s^2 A A^T - alpha_s^2 std^2) z has the law of A x_s given x_0 (with y's noise), and
 
     x_s <- x_s + A^T (A A^T)^-1 (y_s - A x_s),
 
@@ -205,6 +205,7 @@ def slerp(a: Array, b: Array, weight: Array | float) -> Array:
       ValueError: shapes that differ.
     """
     check_array(a, "a")
+    check_array(b, "b")
     if a.shape != b.shape:
         raise ValueError(f"a and b must have one shape, got {a.shape} and {b.shape}")
     norm = lambda x: lincomb((jax.lax.rsqrt(sum_event(x**2)), x))

@@ -71,10 +71,12 @@ def classifier(
     def guided(x, t):
         check_array(x)
         t = batch_time(t, x)
-        gradient = jax.grad(lambda x: jnp.sum(log_prob(x, t.astype(x.dtype))))(x)
+        gradient = jax.grad(lambda x: jnp.sum(_per_example(log_prob(x, t.astype(x.dtype)), t)))(x)
         weak = call(field, x, t)
         factor = jnp.ones_like(t) if process is None else conversion(process, t, "score", predict)[1]
-        factor = jnp.where(jnp.isfinite(factor), factor, 0)
+        known = jnp.isfinite(factor)
+        factor = jnp.where(known, factor, 0)
+        gradient = select(known, gradient, jax.tree.map(jnp.zeros_like, gradient))
         return _extrapolate(scale, lincomb((1.0, weak), (factor, gradient)), weak, adjust, x, t)
 
     return guided
@@ -164,6 +166,12 @@ def limit_to(guided: Field, plain: Field, t_low: float, t_high: float) -> Field:
         return select(_inside(t, t_low, t_high), call(guided, x, t), call(plain, x, t))
 
     return field
+
+
+def _per_example(log_prob, t):
+    if log_prob.shape != t.shape:
+        raise ValueError(f"log_prob must give one number per example, shape {t.shape}, got {log_prob.shape}")
+    return log_prob
 
 
 def _at(scale, t):

@@ -252,6 +252,7 @@ def stochastic(
 
 
 def _check(x0, x1, z):
-    check_array(x0, "x0")
+    for name, x in (("x0", x0), ("x1", x1), ("z", z)):
+        check_array(x, name)
     if not x0.shape == x1.shape == z.shape:
         raise ValueError(f"x0, x1 and z must have one shape, got {x0.shape}, {x1.shape} and {z.shape}")

@@ -177,7 +177,8 @@ def classification(
     if out.ndim != 2 or out.shape[0] != batch:
         raise ValueError(f"logits must have shape ({batch}, classes), got {out.shape}")
     wide = out.astype(jnp.promote_types(out.dtype, jnp.float32))
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(wide), label[:, None], axis=1, mode="fill")[:, 0]
+    outside = jnp.where(label < 0, out.shape[1], label)  # a negative index would count from the end
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(wide), outside[:, None], axis=1, mode="fill")[:, 0]
     return -chosen, (jnp.argmax(wide, axis=1) == label).astype(wide.dtype)
 
 

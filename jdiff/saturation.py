@@ -92,9 +92,11 @@ def _spread(x0):
 def _x0(process, pred, x, t, predict):
     """Return x_0, and the number by which a change of x_0 changes the prediction, (batch,).
 
-    Where alpha = 0, eps and score do not depend on x_0: the number is 0, and 0 stands in the place of x_0.
+    Where alpha = 0, eps and score do not depend on x_0: the number is 0, and 0 stands in the place of x_0. Where sigma
+    = 0, all kinds but x0 may be infinitely sensitive to it: they stay as they are too.
     """
     per_x0 = conversion(process, t, "x0", predict)[1]
+    per_x0 = jnp.where(jnp.isfinite(per_x0), per_x0, 0)
     p, q = (jnp.where(per_x0 == 0, 0, c) for c in conversion(process, t, predict, "x0"))
     return lincomb((p, x), (q, pred)), per_x0
 

@@ -35,6 +35,7 @@ class CrossAttention(nn.Module):
             return nn.Dense(units, kernel_init=initializer(scale), dtype=self.dtype, name=name)
 
         query = split(dense(width, "query")(h))[:, :, 0]
+        tokens = jnp.where(mask[..., None], tokens, 0)  # what is not seen may be NaN
         pairs = dense(2 * width, "key_value")(tokens)
         null = self.param("null", nn.initializers.normal(1.0), (2 * width,), jnp.float32).astype(pairs.dtype)
         pairs = split(jnp.concatenate([pairs, jnp.broadcast_to(null, (batch, 1, 2 * width))], axis=1))
