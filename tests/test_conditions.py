@@ -47,6 +47,8 @@ def test_what_is_wrong_is_named():
         conditions.drop_condition(KEYS, COND, null, 0.1)
     with pytest.raises(ValueError, match="one per example"):
         conditions.drop_condition(KEYS[0], cond, null, 0.1)
+    with pytest.raises(ValueError, match="one per example"):
+        conditions.drop_condition(KEYS[:1], cond, null, 0.1)
     with pytest.raises(TypeError, match="typed"):
         conditions.drop_condition(jax.random.PRNGKey(0), cond, null, 0.1)
 

@@ -225,6 +225,8 @@ def test_mistakes_are_named():
         guidance.classifier_free(field, label[:2], label[:2], 2.0)(x, t)
     with pytest.raises(ValueError, match=r"scale must be a scalar or have shape \(4,\)"):
         guidance.autoguidance(plain, plain, jnp.ones((4, 1)))(x, t)
+    with pytest.raises(ValueError, match=r"log_prob must give one number per example, shape \(4,\), got \(4, 2\)"):
+        guidance.classifier(plain, lambda x, t: x)(x, t)
     with pytest.raises(ValueError, match="of kind 'eps' needs process="):
         guidance.classifier(plain, lambda x, t: t, predict="eps")
     with pytest.raises(ValueError, match="unknown prediction kind"):

@@ -213,6 +213,8 @@ def test_bad_input():
         run(predict="eps")
     with pytest.raises(ValueError, match=r"one shape, got \(3, 2\), \(3, 1\) and \(3, 2\)"):
         run(x1=x[:, :1])
+    with pytest.raises(TypeError, match="x1 must be floating point"):
+        run(x1=x.astype(jnp.int32))
     with pytest.raises(TypeError, match="typed key"):
         run(keys=jax.random.PRNGKey(0))
     with pytest.raises(ValueError, match="towards must be 'x0' or 'x1', got 'noise'"):

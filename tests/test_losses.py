@@ -265,5 +265,6 @@ def test_classification_names_mistakes():
     for error, match, field, label in bad:
         with pytest.raises(error, match=match):
             losses.classification(keys, field, process, x0, 0.5, label)
-    loss, _ = losses.classification(keys, logits, process, x0, 0.5, jnp.asarray([4, 5]))
-    np.testing.assert_allclose(loss, [np.log(5), np.nan], rtol=1e-6)
+    for outside in (5, -1):
+        loss, _ = losses.classification(keys, logits, process, x0, 0.5, jnp.asarray([4, outside]))
+        np.testing.assert_allclose(loss, [np.log(5), np.nan], rtol=1e-6)

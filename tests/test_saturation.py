@@ -78,6 +78,16 @@ def test_without_signal_eps_and_score_stay_as_they_are(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_without_noise_nothing_becomes_nan(kind):
+    process, field = jdiff.Rectified(), lambda x, t: 5 * x
+    x = jax.random.normal(jax.random.key(0), (2, 3))
+    adjust = saturation.rescale(process, MIX, predict=kind)
+    guided = guidance.autoguidance(field, lambda x, t: x, 3.0, adjust=adjust)
+    for changed in (guided, saturation.threshold(process, field, predict=kind)):
+        assert np.isfinite(changed(x, jnp.asarray(0.0))).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_needs_no_correction_is_exact_in_float32(kind):
     # Close to the data eps = (x - alpha x_0)/sigma loses digits on the way through x_0; a difference of zero does not.
     process, t = jdiff.VP(), jnp.asarray(1e-5)
