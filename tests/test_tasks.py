@@ -187,7 +187,7 @@ def test_settings_that_do_not_fit(runs, files):
     for path, value, message in (
         ("sampling.solver", "adaptive", "needs a solver on a named grid"),
         ("sampling.grid", "searched", "needs a solver on a named grid"),
-        ("protocol", "song2021", "with protocol"),
+        ("protocol", "song2021", "needs protocol"),
         ("sampling.label", "null", "needs --class"),
     ):
         config = config_of("grey", method="latent")
