@@ -143,6 +143,7 @@ def test_interrupted_and_resumed_is_the_same_run(done, tmp_path, monkeypatch):
             assert ours[step] == expected[step]
 
 
+@pytest.mark.slow
 def test_how_the_work_is_spread_changes_nothing_but_the_order_of_sums(done, tmp_path, monkeypatch):
     """Parts of a batch, several steps a call, rematerialisation, a sharded state; also resumed, and by other means."""
     run = Run(tmp_path / "run")
@@ -365,6 +366,7 @@ def test_sampling_that_was_killed_goes_on_with_the_missing_batches(done, tmp_pat
     assert not list(done.path.glob("*.parts"))
 
 
+@pytest.mark.slow
 def test_every_solver_is_offered(done, capsys):
     """Each name draws images from the trained model, which is hardly trained: that they are images is all there is."""
     seen = {}

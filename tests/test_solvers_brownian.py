@@ -61,6 +61,7 @@ def test_an_example_follows_its_own_key():
         solvers.brownian(jnp.zeros(2, jnp.uint32), process)(None, x, 0.7, 0.3)
 
 
+@pytest.mark.slow
 def test_more_steps_approach_the_same_image():
     """Twice the steps halve the distance to a fine solve of the same path; white noise draws another image."""
     process = PROCESSES["VP"]
