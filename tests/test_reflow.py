@@ -203,7 +203,9 @@ def test_the_loss_on_pairs_and_on_coupled_noise(monkeypatch):
 def test_bad_input(flow, tmp_path):
     out = Run(tmp_path / "out")
     with pytest.raises(ValueError, match="two folders"):
-        reflow.reflow(_config(), flow, flow, number=4, samples=4)
+        reflow.reflow(_config(), flow, flow, number=4, samples=8)
+    with pytest.raises(ValueError, match="--samples must be at least 8, got 4"):
+        reflow.reflow(_config(), flow, out, number=4, samples=4)
     for text, message in (
         ("process.name=VP", r"process.name = \"Rectified\".*got 'VP' and 'velocity'"),
         ("network.predict=eps", "got 'Rectified' and 'eps'"),
