@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 
 import jax.numpy as jnp
@@ -47,6 +48,11 @@ def pick(table: dict | tuple, name: str, field: str):
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise ValueError(f"{field} = {name!r} is unknown{hint}; choose one of {', '.join(table)}")
     return table[name] if isinstance(table, dict) else name
+
+
+def at(config: ConfigDict, path: str):
+    """Return the field at a path such as "network.name"."""
+    return functools.reduce(lambda group, name: group[name], path.split("."), config)
 
 
 def process(config: ConfigDict) -> jdiff.Process:

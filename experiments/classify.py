@@ -44,12 +44,7 @@ def log_prob(module, params, label: jax.Array) -> Callable[[jax.Array, jax.Array
       label: integers (batch,).
     """
     logits = nn.as_field(module, params)
-
-    def chosen(x, t):
-        table = jax.nn.log_softmax(logits(x, t).astype(jnp.float32))
-        return jnp.take_along_axis(table, label[:, None], axis=1, mode="fill")[:, 0]
-
-    return chosen
+    return lambda x, t: losses.label_log_prob(logits(x, t), label)
 
 
 def classify(config: ConfigDict, run: Run, split: str = "") -> list[dict]:

@@ -27,12 +27,13 @@ from jdiff.checkpoint import DamagedCheckpointError
 FREE = "options"
 
 
-def main(run: Callable[[ConfigDict, Run], int | None], *, evaluation: bool = False) -> None:
+def main(run: Callable[[ConfigDict, Run], int | None], *, evaluation: bool = False, trains: bool = False) -> None:
     """Parse the flags that all scripts share, check the configuration and call run(config, run folder).
 
     Args:
       run: the script; returns an exit code or None.
       evaluation: the run folder exists already, and its own config.json is the default for --config.
+      trains: it trains nevertheless: signals stop it at a step and are not to end the process.
     """
     flags.DEFINE_string("config", None, "configuration file, such as configs/digits.py")
     flags.DEFINE_string("workdir", None, "run folder", required=True)
@@ -63,7 +64,7 @@ def main(run: Callable[[ConfigDict, Run], int | None], *, evaluation: bool = Fal
             if jax.distributed.is_initialized():
                 # All are here. CPU devices that meet first after work of different length give up after 30 s.
                 wait_for_all("the start")
-            if evaluation and jax.process_count() > 1:
+            if evaluation and not trains and jax.process_count() > 1:
                 # JAX took it as a notice of pre-emption, which evaluations need not wait for: what is done is kept.
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
             folder = Run(values.workdir)

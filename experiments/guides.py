@@ -69,12 +69,6 @@ def _weak(config, run, source, step):
 
 def _check(config, other, name):
     for path in _SHARED:
-        ours, theirs = (c.to_dict() if isinstance(c := _get(d, path), ConfigDict) else c for d in (config, other))
+        ours, theirs = (c.to_dict() if isinstance(c := build.at(d, path), ConfigDict) else c for d in (config, other))
         if ours != theirs:
             raise ValueError(f"{name} is of another model: {path} is {theirs!r} there, and {ours!r} here")
-
-
-def _get(config, path):
-    for name in path.split("."):
-        config = config[name]
-    return config

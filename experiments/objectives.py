@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from experiments import flows, song2021
-from experiments.build import field, pick, process
+from experiments.build import at, field, pick, process
 from jdiff import conditions, coupling, losses, times
 from jdiff.transforms import DataTransform, random_flip
 
@@ -154,6 +154,8 @@ def check_objective(config: ConfigDict) -> None:
     pick(COUPLINGS, config.loss.coupling, "loss.coupling")
     if config.loss.coupling_group < 1:
         raise ValueError(f"loss.coupling_group must be positive, got {config.loss.coupling_group}")
+    if config.loss.coupling != "independent" and name != "denoising":
+        raise ValueError(f'loss.coupling pairs the noise of loss.name = "denoising", and {name!r} has none to pair')
     if config.data.pairs and (name, config.loss.coupling) != ("denoising", "independent"):
         raise ValueError(
             f'data.pairs have their noise: they need loss.name = "denoising" and loss.coupling = "independent", got '
@@ -171,7 +173,7 @@ def check_objective(config: ConfigDict) -> None:
     wanted = dict(zip(("process.name", "network.predict"), _DISCRETE[name]))
     wanted |= {"loss.weight.name": "sigma2", "loss.times.name": "uniform"}
     for path, value in wanted.items():
-        if (found := _at(config, path)) != value:
+        if (found := at(config, path)) != value:
             raise ValueError(f"loss.name = {name!r} needs {path} = {value!r}, got {found!r}")
     if forward_process.t_max != 1:
         raise ValueError(f"loss.name = {name!r} needs t_max = 1, got {forward_process.t_max}")
@@ -188,14 +190,10 @@ def _check_flow(config):
         raise ValueError(f"loss.cnf needs steps >= 1, kinetic and jacobian >= 0, got {c.to_dict()}")
     wanted = {"process.name": "Rectified", "network.predict": "velocity", "protocol": "jdiff", "data.dequantise": True}
     for path, value in wanted.items():
-        if (found := _at(config, path)) != value:
+        if (found := at(config, path)) != value:
             raise ValueError(f'loss.name = "maximum_likelihood" needs {path} = {value!r}, got {found!r}')
     known = ("scalar", "pixel") if config.network.name == "coupling" else ("none", "scalar", "pixel")
     pick(known, config.network.precondition, "network.precondition")
-
-
-def _at(config, path):
-    return functools.reduce(lambda group, key: group[key], path.split("."), config)
 
 
 def _fold(keys, n):

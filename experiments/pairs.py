@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import parts, sample
+from experiments import drawing, parts
 from experiments.artefacts import Run, read_json
 from experiments.processes import primary, together, wait_for_all
 from jdiff import data
@@ -31,7 +31,7 @@ def make(config: ConfigDict, run: Run, out: Run, number: int) -> str:
 
     Raises:
       FileNotFoundError: nothing has been trained here.
-      ValueError: not a flow with the noise at its end, a stochastic solver, number < 1, what `sample.drawing` raises.
+      ValueError: not a flow with the noise at its end, a stochastic solver, number < 1, what `drawing.load` raises.
       FloatingPointError: values that are not finite.
     """
     if config.loss.name == "maximum_likelihood":
@@ -49,7 +49,7 @@ def make(config: ConfigDict, run: Run, out: Run, number: int) -> str:
         raise ValueError(f"the number of pairs must be positive, got {number}")
     config = ConfigDict(config)
     config.sampling.number = number
-    sampler = sample.drawing(config, run)
+    sampler = drawing.load(config, run)
     kept = parts.Parts(out, "pairs", [*sampler.depends, number])
     total = -(-number // sampler.size)
     key = jax.random.fold_in(jax.random.key(config.sampling.seed), np.uint32(2**32 - 1))

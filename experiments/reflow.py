@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs.common import defaults
-from experiments import checks, cli, pairs, pictures, sample, samplers, train
+from experiments import checks, cli, drawing, pairs, pictures, samplers, train
 from experiments.artefacts import Run
 from experiments.processes import primary, wait_for_all
 from jdiff import SDE, data, metrics, solvers, times
@@ -115,7 +115,7 @@ def _solver(config, run, samples):
     """
     config = ConfigDict(config)
     config.sampling.number = samples
-    sampler = sample.drawing(config, run)
+    sampler = drawing.load(config, run)
     _, params, statistics, _ = sampler.trained
     described, key = sampler.trained.model, jax.random.key(config.sampling.seed)
     # The one program: whatever the solver and the number of steps, they are walked through on the host.
@@ -196,7 +196,7 @@ def main() -> None:
         out = Run(values.workdir_out)
         return reflow(config, folder, out, number=values.pairs, samples=values.samples, distil=values.distil)
 
-    cli.main(run, evaluation=True)
+    cli.main(run, evaluation=True, trains=True)
 
 
 if __name__ == "__main__":

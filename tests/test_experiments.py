@@ -22,6 +22,7 @@ from experiments import (
     cli,
     compilation,
     demo,
+    drawing,
     learning_curve,
     likelihood,
     methods,
@@ -357,7 +358,7 @@ def test_sampling_that_was_killed_goes_on_with_the_missing_batches(done, tmp_pat
     assert drawn == [0, 1, 1, 2]
     # Of another seed, or of batches of another size on other devices, nothing is taken over.
     configs = [_config(sampling__number=20, sampling__batch_size=size) for size in (8, 12, 8)]
-    folders = {parts.Parts(done, "a", sample.drawing(config, done).depends).folder for config in configs}
+    folders = {parts.Parts(done, "a", drawing.load(config, done).depends).folder for config in configs}
     assert len(folders) == 2
     for folder in folders:
         folder.rmtree()
@@ -395,7 +396,7 @@ def test_adaptive_solvers_of_a_noise_prediction(name, monkeypatch):
     """On Rectified, where such a field says nothing at t_max: the end is found before anything is traced."""
     config = _config(sampling__solver=name, network__predict="eps", process__name="Rectified")
     monkeypatch.setattr(samplers, "guided", lambda *args: lambda x, t: 0.5 * x)
-    draw = sample._adaptive(config, model.Model(None, None, (2, 2, 1), None))
+    draw = drawing._adaptive(config, model.Model(None, None, (2, 2, 1), None))
     x, path, times = draw(None, None, jax.random.split(jax.random.key(0), 3), None)
     assert x.shape == (3, 2, 2, 1) and path is times is None
 
@@ -500,13 +501,13 @@ def test_labels_by_name(done):
     index = jnp.arange(8, 13)
     for label, expected in (("cycle", [8, 9, 0, 1, 2]), ("3", [3] * 5), ("9", [9] * 5)):
         config.sampling.label = label
-        np.testing.assert_array_equal(sample._labels(config, described)(index), expected)
+        np.testing.assert_array_equal(drawing.labels_of(config, described)(index), expected)
     config.sampling.label = "null"
-    assert sample._labels(config, described) is None
+    assert drawing.labels_of(config, described) is None
     for label in ("10", "-1", "three", "3.0", ""):
         config.sampling.label = label
         with pytest.raises(ValueError, match=f"sampling.label = {label!r} is unknown"):
-            sample._labels(config, described)
+            drawing.labels_of(config, described)
 
 
 # Statistics and yardsticks --------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import digits_flow
-from experiments import build, checks, cli, model, objectives, pairs, parts, reflow, sample, samplers, train
+from experiments import build, checks, cli, drawing, model, objectives, pairs, parts, reflow, sample, samplers, train
 from experiments.artefacts import Run, read_json
 from jdiff import coupling, data, losses
 
@@ -89,7 +89,7 @@ def test_pairs_are_solves_of_the_flow(flow, straightened):
     x = x - np.float32(ts[-1]) * np.asarray(field(x, time(ts[-1])))  # the last denoising
     np.testing.assert_allclose(arrays["image"], x, atol=2e-5)
     assert abs(arrays["noise"].mean()) < 4 / np.sqrt(20 * 64) and abs(arrays["noise"].std() - 1) < 0.08
-    sampler = sample.drawing(_config(), flow)
+    sampler = drawing.load(_config(), flow)
     assert (
         not np.isclose(sampler.noise(0, jax.random.key(0)), arrays["noise"][: sampler.size]).all(axis=(1, 2, 3)).any()
     )

@@ -10,12 +10,12 @@ Condition = Any
 """None (nothing is known), labels (batch,), or a dict of "label" (batch,), "vector" (batch, d), "image" (batch, h, w,
 c), "tokens" (batch, n, d), "tokens_mask" (batch, n) and "present" (batch,)."""
 
-# entry -> (the network's attribute that asks for it, its axes)
+# entry -> the network's attribute that asks for it
 _KINDS = {
-    "label": ("num_classes", 1),
-    "vector": ("vector_size", 2),
-    "image": ("image_channels", 4),
-    "tokens": ("token_size", 3),
+    "label": "num_classes",
+    "vector": "vector_size",
+    "image": "image_channels",
+    "tokens": "token_size",
 }
 
 
@@ -40,10 +40,10 @@ def read_condition(cond: Condition, x: Array, **sizes: int | None) -> dict[str, 
         ValueError: missing or extra entries, or wrong shapes, by name.
         TypeError: labels not integer, masks not bool, other entries not floating.
     """
-    wanted = {kind: sizes[name] for kind, (name, _) in _KINDS.items() if sizes.get(name) is not None}
+    wanted = {kind: sizes[name] for kind, name in _KINDS.items() if sizes.get(name) is not None}
     for kind, size in wanted.items():
         if size < 1:
-            raise ValueError(f"{_KINDS[kind][0]} must be None or at least 1, got {size}")
+            raise ValueError(f"{_KINDS[kind]} must be None or at least 1, got {size}")
     batch = x.shape[0]
     if cond is None:
         return _null(wanted, x)
@@ -56,7 +56,7 @@ def read_condition(cond: Condition, x: Array, **sizes: int | None) -> dict[str, 
     if missing := [kind for kind in wanted if kind not in given]:
         raise ValueError(f"cond lacks {', '.join(missing)}; the network was built for {', '.join(wanted)}")
     if extra := [name for name in given if name not in {*wanted, *optional}]:
-        remedy = ", ".join(_KINDS[name][0] for name in extra if name in _KINDS)
+        remedy = ", ".join(_KINDS[name] for name in extra if name in _KINDS)
         hint = f": build it with {remedy}" if remedy else ""
         raise ValueError(f"cond has {', '.join(extra)}; the network takes {', '.join(wanted) or 'nothing'}{hint}")
     seen = {name: jnp.asarray(value) for name, value in given.items()}
