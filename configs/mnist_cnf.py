@@ -5,7 +5,8 @@
     TFDS_DATA_DIR=... python -m experiments.sample --workdir runs/mnist_cnf
 
 The flow is a velocity field from data to N(0, I), in logit space; training integrates it in 4 Runge-Kutta steps, the
-likelihood to a tolerance. docs/results.md has the numbers.
+likelihood to a tolerance. 12 minutes of one shared core, then 2.159 +- 0.012 bits/dim on 512 test images
+(docs/results.md).
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,8 @@
     TFDS_DATA_DIR=... python -m experiments.sample --workdir runs/mnist_flow --class cycle
 
 Flow matching (Liu et al. 2022, arXiv 2209.03003) with the patch transformer, sized for two CPU cores; a fifth of the
-labels is dropped, so that one network is conditional and unconditional. docs/results.md has its numbers.
+labels is dropped, so that one network is conditional and unconditional. 42 minutes of busy cores, then 1.969 +- 0.015
+bits/dim on 512 test images without labels (docs/results.md).
 """
 
 from ml_collections import ConfigDict

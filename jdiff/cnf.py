@@ -58,8 +58,8 @@ def maximum_likelihood(
     Reverse mode by `gradient`: "adjoint" solves x and the adjoint equation d(lambda)/dt = -(d(v, rates)/dx)^T lambda
     backwards on the same grid (Pontryagin 1962; Chen et al. 2018, alg. 1), in memory that does not grow with the steps
     and at an error of the method's order; "discrete" is the exact gradient of the discretised loss and stores x at each
-    step. Both evaluate the field as often. Values closed over by the field have gradients; forward mode is for
-    "discrete".
+    step. Both evaluate the field as often. Values closed over by the field have gradients; forward mode, and
+    derivatives by ts, are for "discrete".
 
     Args:
       key: one key or one per example; may be None for divergence="exact".
@@ -77,11 +77,13 @@ def maximum_likelihood(
     Raises:
       ValueError: unknown divergence, kind or gradient, probes < 1, a grid that does not increase to t_max, keys that do
         not fit.
-      TypeError: x not floating point, keys not typed threefry keys.
+      TypeError: x not floating point or below float32, keys not typed threefry keys.
     """
     check_array(x)
     if x.ndim < 2:
         raise ValueError(f"x must have shape (batch, *event), got {x.shape}")
+    if jnp.finfo(x.dtype).bits < 32:
+        raise TypeError(f"x must be float32 or wider, got {x.dtype}: times and log-determinants are of its dtype")
     check_divergence(key, divergence, probes)
     if gradient not in ("adjoint", "discrete"):
         raise ValueError(f"unknown gradient {gradient!r}; choose 'adjoint' or 'discrete'")

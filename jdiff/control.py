@@ -18,7 +18,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import batch_time, call, check_array, expand, lincomb, sum_event
+from jdiff._array import batch_time, call, check_array, expand, is_concrete, lincomb, sum_event
 from jdiff._typing import Array, Field, Process
 from jdiff.operators import LinearOperator, conjugate_gradients, solve
 from jdiff.processes import time_at
@@ -56,7 +56,12 @@ def dps(
       std: of their noise, positive, scalar or (batch,).
       scale: of the guidance, scalar or (batch,).
       least: where alpha < least sigma the field is asked at the time where they are equal.
+
+    Raises:
+      ValueError: std or least not positive.
     """
+    if is_concrete(std) and not bool(jnp.all(jnp.asarray(std) > 0)):
+        raise ValueError(f"std must be positive, got {std}: `pseudoinverse` and `moment_matching` take 0")
     return _guided(process, denoise, measure, y, scale, least, lambda r, t, cov, back: expand(std, r) ** -2 * r)
 
 
@@ -151,15 +156,15 @@ def dps_sampler(
     """Return diffusion posterior sampling with the paper's step size: a solver. One evaluation and one vjp a step.
 
     x_s = ddim(x_t) - scale grad_x |y - A(x_0(x_t))|, Chung et al. 2023 (arXiv 2209.14687), alg. 1 with zeta =
-    scale / |y - A(x_0)|. The length of a guidance step depends on neither the time step nor std: more steps guide more.
-    It has no posterior that it would sample exactly. eta = 1 is ancestral sampling, as in the paper.
+    scale / (2 |y - A(x_0)|). The length of a guidance step does not depend on the time step or on std: more steps
+    guide more. It has no posterior that it would sample exactly. eta = 1 is ancestral sampling, as in the paper.
 
     Args:
       process: the forward process.
       denoise: an x0-field.
       measure: A, any differentiable function (batch, *event) -> (batch, *measured), example by example.
       y: the measurements; 0 where a mask hides them.
-      scale: zeta', scalar or (batch,).
+      scale: scalar or (batch,).
       eta: stochasticity, as in `jdiff.solvers.ddim`.
       noise: where unit normals come from.
     """
@@ -179,6 +184,8 @@ def dps_sampler(
 
 def _guided(process, denoise, measure, y, scale, least, weigh):
     """The field of the module's formula; weigh(residual, t, covariance, adjoint of A) -> u."""
+    if not least > 0:
+        raise ValueError(f"least must be positive, got {least}")
 
     def field(x, t):
         check_array(x)

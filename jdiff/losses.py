@@ -18,7 +18,18 @@ from jdiff._typing import Array, Field, Key, Kind, Process
 from jdiff.predictions import check_kind, coefficients
 from jdiff.processes import perturb, rates
 
-__all__ = ["Weighting", "classification", "denoising", "edm", "likelihood", "min_snr", "sigma2", "snr", "unit"]
+__all__ = [
+    "Weighting",
+    "classification",
+    "denoising",
+    "edm",
+    "label_log_prob",
+    "likelihood",
+    "min_snr",
+    "sigma2",
+    "snr",
+    "unit",
+]
 
 Weighting = Callable[[Process, Array, Kind], Array]
 
@@ -176,10 +187,20 @@ def classification(
     out = logits(x, t.astype(x.dtype))
     if out.ndim != 2 or out.shape[0] != batch:
         raise ValueError(f"logits must have shape ({batch}, classes), got {out.shape}")
-    wide = out.astype(jnp.promote_types(out.dtype, jnp.float32))
-    outside = jnp.where(label < 0, out.shape[1], label)  # a negative index would count from the end
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(wide), outside[:, None], axis=1, mode="fill")[:, 0]
-    return -chosen, (jnp.argmax(wide, axis=1) == label).astype(wide.dtype)
+    chosen = label_log_prob(out, label)
+    return -chosen, (jnp.argmax(out, axis=1) == label).astype(chosen.dtype)
+
+
+def label_log_prob(logits: Array, label: Array) -> Array:
+    """Return log softmax(logits)[label] of each example, (batch,), in at least float32; NaN for labels out of range.
+
+    Args:
+      logits: (batch, classes).
+      label: integers (batch,).
+    """
+    table = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+    inside = jnp.where(label < 0, table.shape[1], label)  # a negative index would count from the end
+    return jnp.take_along_axis(table, inside[:, None], axis=1, mode="fill")[:, 0]
 
 
 def _det(process, t, predict):

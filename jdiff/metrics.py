@@ -87,10 +87,11 @@ def psnr(x: Array, y: Array, peak: float) -> Array:
     Args:
       x: images, shape (batch, *event).
       y: images of that shape.
-      peak: the range of their values: 255 for bytes, 2 for [-1, 1].
+      peak: the range of their values: 255 for bytes (made floating point), 2 for [-1, 1].
 
     Raises:
       ValueError: shapes that differ.
+      TypeError: x not floating point.
     """
     check_array(x)
     if x.shape != y.shape:

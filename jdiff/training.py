@@ -141,8 +141,10 @@ def mean_gradient(
 
     With `batch["weight"]`, (batch,) real numbers, with `batch["mask"]`, (batch,) bool, or with both, the loss and the
     per-example metrics are the weighted means `sum(w l) / sum(w)`, w the product of the two, over the *global* batch:
-    an example of weight zero changes nothing, whatever device or part it is in, so that a ragged batch may be filled up
-    with any examples whose loss is finite. Where all weights are zero so are loss and gradient.
+    an example of weight zero changes nothing, whatever device or part it is in (if losses are per example: a
+    `jdiff.coupling` within them is not), so that a ragged batch may be filled up
+    with any examples whose loss is finite. Where all weights are zero so are loss and gradient. The two names are
+    reserved: other masks need another one.
 
     Args:
         loss_fn: (params, keys, batch) -> (per-example loss (batch,), metrics); keys (batch,), metrics a dict of

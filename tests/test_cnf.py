@@ -192,6 +192,7 @@ def test_one_gradient_under_jit_and_shard_map():
         ({"ts": jnp.asarray([1.0, 0.0])}, ValueError, "increase"),
         ({"x": jnp.ones(3)}, ValueError, r"\(batch, \*event\)"),
         ({"x": jnp.ones((2, 3), int)}, TypeError, "floating"),
+        ({"x": jnp.ones((2, SIZE), jnp.bfloat16)}, TypeError, "float32 or wider, got bfloat16"),
         ({"key": None}, ValueError, "need a key"),
     ],
 )

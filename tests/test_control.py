@@ -211,3 +211,7 @@ def test_mistakes_are_named():
         control.dps(process, field, OPERATOR.forward, jnp.zeros((1, 2)), 1.0)(jnp.zeros((3, 4)), jnp.ones(3))
     with pytest.raises(ValueError, match="iterations must be at least 1"):
         control.moment_matching(process, field, OPERATOR, jnp.zeros((1, 2)), iterations=0)
+    with pytest.raises(ValueError, match="std must be positive, got 0"):
+        control.dps(process, field, OPERATOR.forward, jnp.zeros((1, 2)), 0.0)
+    with pytest.raises(ValueError, match="least must be positive, got 0"):
+        control.pseudoinverse(process, field, OPERATOR, jnp.zeros((1, 2)), least=0)
