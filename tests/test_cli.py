@@ -150,7 +150,10 @@ def test_a_wrong_config_json_names_the_field(config):
         ({"loss.times": {"name": "log_normal", "options": {"std": -1.0}}}, r"std"),
         ({"loss.times.shift": 0.0}, r"shift must be positive, got 0.0"),
         ({"loss.coupling": "optimal"}, r"loss.coupling = 'optimal'.*optimal_transport"),
-        ({"loss.name": "classifier", "loss.coupling": "optimal_transport"}, "'classifier' has none to pair"),
+        (
+            {"loss.name": "maximum_likelihood", "loss.coupling": "optimal_transport"},
+            "'maximum_likelihood' has none to pair",
+        ),
         ({"loss.coupling_group": 0}, r"loss.coupling_group must be positive, got 0"),
         ({"data.pairs": "a", "loss.coupling": "optimal_transport"}, r"data.pairs have their noise.*optimal_transport"),
         ({"loss.label_dropout": 1.5}, r"loss.label_dropout.*1.5"),
