@@ -154,6 +154,10 @@ def test_the_end_without_signal(x64, kind):
     plain = lambda x, t: field(x, t, jnp.full(4, 2))
     by_classifier = guidance.classifier(plain, log_posterior(process, 1), 2.0, process=process, predict=kind)
     np.testing.assert_array_equal(by_classifier(x, t), plain(x, t))
+    # Not even where its derivative is none: one that embeds log-SNR, infinite there.
+    broken = lambda x, t: jnp.sum(x, axis=1) * jdiff.processes.log_snr(process, t) * jnp.nan
+    by_broken = guidance.classifier(plain, broken, 2.0, process=process, predict=kind)
+    np.testing.assert_array_equal(by_broken(x, t), plain(x, t))
 
 
 # --- One call, any condition. ---

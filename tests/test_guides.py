@@ -132,6 +132,11 @@ def test_the_fields_of_the_configuration_are_the_functions_of_the_library(run, s
     judged = {"classifier_workdir": str(run.path.parent / "classifier")}
     rows += [
         ({"guidance": 0.0, **judged}, follow(own(null), 1.0)),
+        # The network stays unconditional outside of the interval too.
+        (
+            {"guidance": 0.0, **inside, **judged},
+            follow(own(null), guidance.interval(1.0, 0.3, 0.8, outside=0.0)),
+        ),
         (
             {"classifier_scale": 2.0, **inside, **judged},
             follow(own(cond), guidance.interval(2.0, 0.3, 0.8, outside=0.0)),
