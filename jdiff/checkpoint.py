@@ -136,7 +136,7 @@ def open_manager(directory: str, *, keep: int = 3, every: int = 1, read_only: bo
         save_interval_steps=every,
         create=not read_only,
         read_only=read_only,
-        # Else threads wait ten minutes for folders that could not be made, and the process at its end for them.
+        # Else threads wait for minutes for folders that could not be made, and the process at its end for them.
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
     return Manager(path, options)
