@@ -14,26 +14,21 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-import time
 
 import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 import jdiff
-from experiments import build, cli, errors, methods, model, pictures
+from experiments import build, cli, errors, methods, pictures
 from experiments.artefacts import Run, read_json, read_jsonl
-from experiments.errors import summarise
-from experiments.processes import primary, together, wait_for_all
-from experiments.records import Pair, Records
-from jdiff import data, parallel
+from experiments.evaluation import Evaluation, slug
+from experiments.processes import primary
+from jdiff import data
 
-__all__ = ["against", "details", "likelihood", "per_image", "report", "summarise"]
+__all__ = ["against", "details", "likelihood", "per_image", "report"]
 
-_EXACT_LIMIT = 256
 # What two evaluations must share to be compared at all, and to have the same noise and probes.
 _SAME_IMAGES = ("data", "version", "split")
 _SAME_NOISE = ("seed", "dequantisation", "importance_samples", "divergence", "probes")
@@ -86,7 +81,7 @@ def likelihood(
     bound_methods = [methods.bound(config, name.strip()) for name in c.bounds.split(",")] if bound else []
     if bound and config.protocol != "jdiff":
         raise ValueError(f"--bounds are of protocol jdiff, not of {config.protocol}")
-    evaluation = _Evaluation(config, run, split or config.data.test, step, shard, merge)
+    evaluation = Evaluation(config, run, split or config.data.test, step, shard, merge)
     ode = build.pick({"jdiff": methods.exact, "song2021": methods.published}, config.protocol, "protocol")
     few = evaluation.few(c.tolerance_images)
     rtol, atol, tried = c.rtol, c.atol, None
@@ -108,7 +103,7 @@ def likelihood(
         records = errors.importance_weighted(singles, c.importance_samples, evaluation.size)
     summary = {
         "settings": evaluation.settings(method) | {"images": len({r["index"] for r in records}), "draws": c.draws},
-        **summarise(records),
+        **errors.summarise(records),
         "tolerance": _solver_error(singles, tighter, rtol),
         "tolerances_tried": tried,
         "bounds": _bounds_table(singles, records if c.importance_samples > 1 else None, bounded),
@@ -118,7 +113,7 @@ def likelihood(
         "seconds": round(sum(r["seconds"] for r in records), 1),
         "jdiff": jdiff.__version__,
     }
-    name = f"likelihood_{_slug(evaluation.split)}"
+    name = f"likelihood_{slug(evaluation.split)}"
     if primary():
         run.write(f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         run.write_json(f"{name}.json", summary)
@@ -127,7 +122,7 @@ def likelihood(
 
 def per_image(run: Run, split: str) -> np.ndarray:
     """Return the bits/dim of each evaluated image of a split, averaged over draws, in the order of the split."""
-    bits = errors.table(read_jsonl(run / f"likelihood_{_slug(split)}.jsonl"), "bits_per_dim")
+    bits = errors.table(read_jsonl(run / f"likelihood_{slug(split)}.jsonl"), "bits_per_dim")
     return np.ma.masked_invalid(bits).mean(axis=1).filled(np.nan)
 
 
@@ -138,7 +133,7 @@ def against(run: Run, other: Run, split: str) -> dict:
       FileNotFoundError: one of them is not evaluated.
       ValueError: other data; see `errors.paired`.
     """
-    name = f"likelihood_{_slug(split)}"
+    name = f"likelihood_{slug(split)}"
     for folder in (run, other):
         if not (folder / f"{name}.json").exists():
             raise FileNotFoundError(f"{folder.path} has no {name}.json: evaluate it first")
@@ -205,130 +200,6 @@ def details(summary: dict) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
-class _Evaluation:
-    """A model on a split: which records are wanted, which are there, and how to make the others."""
-
-    def __init__(self, config, run, split, step, shard, merge):
-        k, n = shard
-        if not 0 <= k < n:
-            raise ValueError(f"a shard is k/n with 0 <= k < n, got {k}/{n}")
-        self.split, self.missing = split, 0
-        self._config, self._run, self._shard, self._merge = config, run, shard, merge
-        self._source = source = data.load(config.data.name, split)
-        if source.version is None:
-            raise ValueError(f"{config.data.name}/{split} is of unknown version: no number without it")
-        self.size = size = math.prod(source.shape)
-        if config.likelihood.divergence == "exact" and size > _EXACT_LIMIT and config.network.name != "coupling":
-            raise ValueError(
-                f'likelihood.divergence = "exact" takes D derivatives an evaluation and is for D <= {_EXACT_LIMIT}; '
-                f"images of {config.data.name} have D = {size}: use rademacher, with more likelihood.probes"
-            )
-        self._trained = model.load(config, run, source, step=step)
-        self._parameters = model.digest(self._trained)
-        self.images = min(config.likelihood.images or len(source), len(source))
-        self._mesh = mesh = parallel.data_mesh(jax.local_devices())
-        share = -(-self.images * config.likelihood.draws * config.likelihood.importance_samples // n)
-        self._batch_size = -(-min(config.likelihood.batch_size, share) // mesh.size) * mesh.size
-        if config.protocol == "song2021":
-            self._batch_size = min(config.likelihood.batch_size, self.images)
-        self._placed = None
-        self._functions = {}
-
-    def pairs(self, draws: int) -> list[Pair]:
-        """Return all pairs of image and draw, the first draw of all images first.
-
-        Protocol song2021: each pass in an order of its own, and without the images that do not fill a batch.
-        """
-        if self._config.protocol == "jdiff":
-            return [(i, d) for d in range(draws) for i in range(self.images)]
-        whole = self.images // self._batch_size * self._batch_size
-        orders = [np.random.default_rng([self._config.seed, d]).permutation(self.images) for d in range(draws)]
-        return [(int(i), d) for d, order in enumerate(orders) for i in order[:whole]]
-
-    def few(self, count: int) -> list[Pair]:
-        """Return about so many pairs to estimate the solver's error on, spread over the split; of song2021 a batch."""
-        if self._config.protocol == "jdiff":
-            return [(int(i), 0) for i in np.unique(np.linspace(0, self.images - 1, count).round().astype(int))]
-        return self.pairs(1)[: self._batch_size] if count else []
-
-    def settings(self, method: methods.Method) -> dict:
-        """Return what a record depends on besides image and draw."""
-        c = self._config.likelihood
-        return {
-            "data": self._config.data.name,
-            "version": self._source.version,
-            "split": self.split,
-            "process": self._config.process.name,
-            "step": self._trained.step,
-            "parameters": self._parameters,
-            "seed": self._config.seed,
-            "protocol": self._config.protocol,
-            "t_min": methods.start(self._config, self._trained.model.transform, discrete=method.discrete),
-            "dequantisation": c.dequantisation,
-            "matmul_precision": c.matmul_precision,
-            **method.settings,
-        }
-
-    def records(self, pairs: list[Pair], method: methods.Method) -> list[dict] | None:
-        """Return the records of all pairs in order, those missing evaluated first; None where other shards owe some."""
-        files = Records(self._run, f"likelihood_{_slug(self.split)}", self.settings(method), self._shard)
-        there = files.read()
-        wait_for_all(f"work on {method.name}")  # all saw the same records, whoever is the first to add some
-        mine = files.share(pairs, self._batch_size if method.joint else 1)
-        todo = [pair for pair in mine if pair not in there]
-        if method.joint:  # what is missing of a batch is computed with the rest of it
-            size = self._batch_size
-            batches = [mine[first : first + size] for first in range(0, len(mine), size)]
-            todo = [pair for batch in batches if any(pair not in there for pair in batch) for pair in batch]
-        with together(f"records of {method.name}"):  # the others finish their parts, which are kept
-            if todo and not self._merge:
-                self._compute(todo, method, files.writer())
-        there = files.read()
-        missing = sum(pair not in there for pair in pairs)
-        self.missing += missing
-        return None if missing else [there[pair] for pair in sorted(pairs)]
-
-    def _compute(self, pairs, method, write):
-        mesh = self._mesh
-        if method.joint:
-            self._placed = self._trained.params, self._trained.statistics
-        elif self._placed is None:
-            self._placed = parallel.replicate((self._trained.params, self._trained.statistics), mesh)
-        if method.name not in self._functions:  # one program for all batches and tolerances
-            self._functions[method.name] = method.evaluator(self._config, self._trained.model, self._source.shape)
-        evaluate = self._functions[method.name]
-        numbers = method.numbers if method.joint else [np.float32(number) for number in method.numbers]
-        device = f"{1 if method.joint else mesh.size} {jax.local_devices()[0].device_kind}"
-        total, count = 0.0, 0
-        interval = 0.5 if sys.stderr.isatty() else 15
-        with tqdm(
-            total=len(pairs),
-            desc=f"{method.name} {self.split}",
-            unit="image",
-            mininterval=interval,
-            disable=not primary(),
-        ) as bar:
-            for first in range(0, len(pairs), self._batch_size):
-                start = time.perf_counter()
-                rows = pairs[first : first + self._batch_size]
-                # Filled up with real images: one shape, one program, nothing for adaptive solvers to stumble over.
-                index, draw = np.resize(np.asarray(rows, np.int32), (self._batch_size, 2)).T
-                batch = {"image": self._source.read(index)["image"], "index": index, "draw": draw}
-                if not method.joint:
-                    batch = parallel.shard_batch({k: np.ascontiguousarray(v) for k, v in batch.items()}, mesh)
-                out = jax.device_get(evaluate(*self._placed, batch, *numbers))
-                seconds = (time.perf_counter() - start) / len(rows)
-                records = [
-                    {"index": i, "draw": d, **{k: v[row].item() for k, v in out.items()}}
-                    | {"device": device, "seconds": round(seconds, 6)}
-                    for row, (i, d) in enumerate(rows)
-                ]
-                write(records)
-                total, count = total + sum(r["bits_per_dim"] for r in records), count + len(records)
-                bar.update(len(rows))
-                bar.set_postfix_str(f"{total / count:.3f} bits/dim")
-
-
 def _bounds_table(singles, weighted, bounded):
     """Return [{"name", "bits_per_dim", "standard_error", "gap", "gap_error", "evaluations"}], the ODE's value first.
 
@@ -338,7 +209,7 @@ def _bounds_table(singles, weighted, bounded):
     images = {name: errors.table(records, "bits_per_dim").mean(axis=1) for name, records in found.items()}
     rows = []
     for name, records in found.items() if bounded else ():
-        summary, gap = summarise(records), errors.difference(images[name], images["ODE"])
+        summary, gap = errors.summarise(records), errors.difference(images[name], images["ODE"])
         row = {k: summary[k] for k in ("bits_per_dim", "standard_error")} | {"evaluations": summary["evaluations_mean"]}
         rows.append({"name": name, **row, "gap": gap["bias"], "gap_error": gap["bias_error"]})
     return rows
@@ -380,10 +251,6 @@ def _number(value):
     return "a failure" if value is None else f"{value:.1e}"
 
 
-def _slug(split):
-    return "".join(c if c.isalnum() else "_" for c in split)
-
-
 def _shard(text):
     k, slash, n = text.partition("/")
     if not (slash and k.isdecimal() and n.isdecimal() and int(k) < int(n)):
@@ -397,7 +264,7 @@ def _show(folder, config, split, summary):
     if summary["bits_per_dim"] is None:
         return
     print(details(summary))
-    name, bits = f"likelihood_{_slug(split)}", per_image(folder, split)
+    name, bits = f"likelihood_{slug(split)}", per_image(folder, split)
     pictures.bits_histogram(folder / f"{name}.png", bits, {})
     source = data.load(config.data.name, split)
     numbers = np.unique([record["index"] for record in read_jsonl(folder / f"{name}.jsonl")])

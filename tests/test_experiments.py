@@ -23,6 +23,7 @@ from experiments import (
     compilation,
     demo,
     drawing,
+    errors,
     learning_curve,
     likelihood,
     methods,
@@ -273,28 +274,28 @@ def _record(index, draw, bits, evaluations=10, failed=False):
 
 def test_the_summary_by_hand():
     records = [_record(0, 0, 1.0, 10), _record(1, 0, 3.0, 20), _record(0, 1, 2.0, 30), _record(1, 1, 6.0, 40)]
-    summary = likelihood.summarise(records)
+    summary = errors.summarise(records)
     # Images: 1.5 and 4.5, so 3 +- sqrt(4.5 / 2) = 1.5. Draws: variances 0.5 and 4.5, sqrt(2.5 / 2 / 2).
     assert summary["bits_per_dim"] == 3.0 and summary["standard_error"] == pytest.approx(1.5)
     assert summary["noise_error"] == pytest.approx(math.sqrt(0.625))
     assert summary["evaluations_mean"] == 25 and summary["evaluations_max"] == 40 and summary["failed"] == 0
 
-    one = likelihood.summarise(records[:2])
+    one = errors.summarise(records[:2])
     assert one["bits_per_dim"] == 2.0 and one["standard_error"] == pytest.approx(1.0) and one["noise_error"] is None
-    single = likelihood.summarise(records[:1])
+    single = errors.summarise(records[:1])
     assert single["bits_per_dim"] == 1.0 and single["standard_error"] is None
 
 
 def test_a_mean_of_which_some_failed_is_not_a_number():
     settings = {"images": 2, "draws": 1, "data": "digits", "split": "test", "rtol": 1e-5, "step": 10}
-    good = likelihood.summarise([_record(0, 0, 1.0), _record(1, 0, 3.0)])
+    good = errors.summarise([_record(0, 0, 1.0), _record(1, 0, 3.0)])
     text = likelihood.report({"settings": settings, "seconds": 1.0, **good})
     assert text.startswith("2.0000 +- 1.0000 (standard error) bits/dim on 2 images of digits/test")
-    bad = likelihood.summarise([_record(0, 0, 1.0), _record(1, 0, math.nan, failed=True)])
+    bad = errors.summarise([_record(0, 0, 1.0), _record(1, 0, math.nan, failed=True)])
     assert bad["bits_per_dim"] is None and bad["failed"] == 1
     text = likelihood.report({"settings": settings, "seconds": 1.0, **bad})
     assert text == "no bits/dim: 1 of 2 solves failed (digits/test)"
-    none = likelihood.summarise([_record(0, 0, math.nan, failed=True)])
+    none = errors.summarise([_record(0, 0, math.nan, failed=True)])
     assert none["bits_per_dim"] is None and none["standard_error"] is None
 
 

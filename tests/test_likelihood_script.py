@@ -16,7 +16,7 @@ import pytest
 
 import jdiff
 from configs import smoke
-from experiments import build, checks, cli, errors, likelihood, methods, model, song2021
+from experiments import build, checks, cli, errors, evaluation, likelihood, methods, model, song2021
 from experiments.artefacts import Run, read_json, read_jsonl
 from experiments.records import Records
 from jdiff import bounds, checkpoint, data, dequantisation
@@ -286,7 +286,7 @@ def test_killed_sharded_and_in_other_batches_it_is_the_same_evaluation(folder, m
 
     # Killed in the second batch, in the middle of a line; resumed with other batches.
     killed = folder("killed")
-    shard_batch, placed = likelihood.parallel.shard_batch, []
+    shard_batch, placed = evaluation.parallel.shard_batch, []
 
     def killing(batch, mesh):
         placed.append(list(zip(batch["index"].tolist(), batch["draw"].tolist(), strict=True)))
@@ -295,7 +295,7 @@ def test_killed_sharded_and_in_other_batches_it_is_the_same_evaluation(folder, m
         return shard_batch(batch, mesh)
 
     with monkeypatch.context() as patch:
-        patch.setattr(likelihood.parallel, "shard_batch", killing)
+        patch.setattr(evaluation.parallel, "shard_batch", killing)
         with pytest.raises(KeyboardInterrupt):
             likelihood.likelihood(_config(**SETTINGS), killed)
         (file,) = killed.path.glob("likelihood_test-*.jsonl")
@@ -497,7 +497,7 @@ def _more(config, **changes):
 def test_no_number_without_its_ingredients(folder, monkeypatch):
     run, load = folder("unknown"), data.load
     unknown = lambda *names: dataclasses.replace(load(*names), version=None)
-    monkeypatch.setattr(likelihood.data, "load", unknown)
+    monkeypatch.setattr(evaluation.data, "load", unknown)
     with pytest.raises(ValueError, match="digits/test is of unknown version"):
         likelihood.likelihood(_config(), run)
 
