@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jdiff import _digests, checkpoint, parallel, training
+from jdiff import checkpoint, parallel, training
+from jdiff.checkpoint import _digests
 
 KEY, WIDTH = jax.random.key(11), 2048  # arrays large enough to be files of their own
 META = {"config": {"rate": 1e-2, "widths": [4, 8]}, "versions": {"jax": "any"}}

@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 # Room -> rooms of jdiff it may import. A room may always import itself.
-FLOOR = {"_digests": set(), "_pytree": set(), "_typing": set(), "_array": {"_typing"}}
+FLOOR = {"_pytree": set(), "_typing": set(), "_array": {"_typing"}}
 BELOW = {"_pytree", "_typing", "_array"}
 ROOMS = {
     **FLOOR,
@@ -35,7 +35,7 @@ ROOMS = {
     "interpolants": BELOW | {"sde"},
     # These know no diffusion at all; the mappings run the one training step.
     "training": BELOW,
-    "checkpoint": BELOW | {"_digests"},
+    "checkpoint": BELOW,
     "parallel": BELOW | {"training"},
     **dict.fromkeys(["nn", "metrics", "data"], BELOW),
     "importers": BELOW | {"nn"},

@@ -1,0 +1,119 @@
+"""What a checkpoint holds of a tree or of a JSON value: paths, nested dictionaries, descriptions, places."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+
+from jdiff.checkpoint._digests import digests
+
+
+def flatten(name, tree):
+    """A tree as {"path/of/leaf": leaf}, in the order of its leaves."""
+    leaves, names = {}, set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        text = jax.tree_util.keystr(path, simple=True, separator="/")
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
+            raise TypeError(f"{name}/{text} must be a numeric array, got {dtype or type(leaf).__name__}")
+        # Orbax joins the parts by dots: {"a.b": x, "a": {"b": y}} would be one name.
+        if text.replace("/", ".") in names:
+            raise ValueError(f"two leaves of {name} have the path {text!r}")
+        names.add(text.replace("/", "."))
+        leaves[text] = leaf
+    return leaves
+
+
+def nest(leaves):
+    """The tree that Orbax sees: dictionaries only, whatever node types the caller's tree is made of."""
+    nested: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = nested
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    return nested
+
+
+def stored(leaves):
+    """Without arrays of no elements, which Orbax refuses: their shape and dtype in `meta` are all there is to them."""
+    return {path: leaf for path, leaf in leaves.items() if leaf.size}
+
+
+def nest_order(leaves):
+    """The paths, in the order of the leaves of `nest`."""
+    return jax.tree.leaves(nest({path: path for path in leaves}))
+
+
+def describe(leaves):
+    """{path: shape, dtype and digest of the bits}."""
+    found = digests(leaves)
+    return {
+        path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "digest": found[path]}
+        for path, leaf in leaves.items()
+    }
+
+
+def fields(prefix, value):
+    """A JSON value as {path: text}, one entry a scalar, empty container or list."""
+    if isinstance(value, dict) and value:
+        return {path: text for name, part in value.items() for path, text in fields(f"{prefix}/{name}", part).items()}
+    return {prefix: json.dumps(value)}
+
+
+def part(sharding, item):
+    return sharding.get(item) if isinstance(sharding, Mapping) else sharding
+
+
+def placements(tree, leaves, sharding):
+    """{path: sharding or None}; raises where a shape cannot be split so."""
+    if sharding is None:
+        places = [own_place(leaf) for leaf in leaves.values()]
+    else:
+        spread = lambda place, part: jax.tree.map(lambda _: place, part)
+        is_leaf = lambda node: isinstance(node, Sharding)
+        places = jax.tree.leaves(jax.tree.map(spread, sharding, tree, is_leaf=is_leaf), is_leaf=is_leaf)
+    for place, leaf in zip(places, leaves.values(), strict=True):
+        if place is not None:
+            place.shard_shape(tuple(leaf.shape))
+    return dict(zip(leaves, places, strict=True))
+
+
+def own_place(leaf):
+    committed = not isinstance(leaf, jax.Array) or leaf.committed
+    return getattr(leaf, "sharding", None) if committed else None
+
+
+def put(array, sharding):
+    """A NumPy array as one of JAX: where it shall be, or uncommitted; what is one already stays."""
+    if isinstance(array, jax.Array):
+        return array
+    if sharding is None:
+        return jnp.array(array, copy=True)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def to_json(name, value):
+    """What JSON gives back for a value; bytes travel as base64."""
+    if isinstance(value, bytes):
+        return {"base64": base64.b64encode(value).decode("ascii")}
+    try:
+        return {"json": json.loads(json.dumps(value))}
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be JSON or bytes: {error}") from error
+
+
+def from_json(packed):
+    if packed is None:
+        return None
+    return base64.b64decode(packed["base64"]) if "base64" in packed else packed["json"]
+
+
+def sha256(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,262 @@
+"""Checkpoints that are what was saved, or an error: every array has a digest that is checked when it is read."""
+
+import operator
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+
+from jdiff.checkpoint import _trees
+from jdiff.checkpoint.manager import (
+    DamagedCheckpointError,
+    DamagedCheckpointWarning,
+    Manager,
+    NoCheckpointError,
+)
+
+__all__ = ["restore", "save"]
+
+_JSON_ITEMS = ("data", "meta")
+_FORMAT = 1
+_SHOWN = 20
+
+
+def save(manager: Manager, step: int, items: Mapping[str, Any], *, force: bool = False) -> bool:
+    """Begin to save a step where it is due, and return while the files are being written.
+
+    The arrays are copied out before this returns, so that the next step may donate their buffers. A step is due at
+    the multiples of the manager's `every` and with `force`. In a run of several processes all of them call it, with
+    the same arguments but for their parts of the arrays.
+
+    Args:
+        manager: from `open_manager`.
+        step: number of finished updates.
+        items: any of `params`, `ema`, `opt_state` and other names: trees of arrays, each restorable alone; `data`:
+            where the input stands, as JSON or bytes (`iterator.get_state()` of a Grain iterator), the same in every
+            process; `meta`: a JSON object, e.g. `{"config": ...}`; `step`: if given, the same number again, so that
+            `{**state._asdict(), "data": ...}` is an `items`.
+        force: save although the step is not due.
+
+    Returns:
+        Whether a save began; False too where this manager saved or restored that very step before.
+
+    Raises:
+        ValueError: `items["step"]` is another number; the directory holds this step or newer ones that this manager
+            has neither saved nor found damaged (training from an older state into a directory of a longer run would
+            bury them); `data` or `meta` differ between processes.
+        TypeError: a leaf that is no numeric array, or `data` or `meta` that JSON cannot hold.
+        SaveError: the files could not be written, of this step or, in the background, of the one before. It may be
+            tried again.
+    """
+    step = operator.index(step)
+    if manager.read_only:
+        raise ValueError(f"{manager.directory} was opened read_only")
+    if not force and step % manager.every:
+        return False
+    held = manager.all_steps()
+    if step in held and step in manager.trusted:
+        return False
+    if "step" in items and int(items["step"]) != step:
+        raise ValueError(f'items["step"] is {int(items["step"])}, but the step to save is {step}')
+    newer = [other for other in held if other >= step and other not in manager.damaged]
+    if newer:
+        raise ValueError(
+            f"{manager.directory} already holds steps {newer}: "
+            f"restore before saving step {step}, or use another directory"
+        )
+
+    manifest: dict[str, Any] = {}
+    texts = {name: _trees.to_json(name, items[name]) for name in _JSON_ITEMS if items.get(name) is not None}
+    trees = {name: _trees.flatten(name, tree) for name, tree in items.items() if name not in (*_JSON_ITEMS, "step")}
+    _same_everywhere(texts)
+    if "data" in texts:
+        manifest["data"] = {"sha256": _trees.sha256(texts["data"])}
+    for name, leaves in trees.items():
+        manifest[name] = {"leaves": _trees.describe(leaves)}
+    meta = {"format": _FORMAT, "step": step, "meta": texts.get("meta"), "items": manifest}
+    meta["sha256"] = _trees.sha256(meta)
+
+    # Found damaged by `restore`, and newer than what it fell back to: in the way of this branch of the run.
+    for damaged in sorted(manager.damaged.intersection(held)):
+        manager.delete(damaged)
+    manager.damaged.clear()
+    trees = {name: _trees.stored(leaves) for name, leaves in trees.items()}
+    args = {name: ocp.args.StandardSave(_trees.nest(leaves)) for name, leaves in trees.items() if leaves}
+    if "data" in texts:
+        args["data"] = ocp.args.JsonSave(texts["data"])
+    manager.write(step, ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)))
+    manager.trusted.add(step)
+    return True
+
+
+def restore(
+    manager: Manager,
+    like: Mapping[str, Any],
+    sharding: Sharding | Mapping[str, Any] | None = None,
+    step: int | None = None,
+) -> dict[str, Any]:
+    """Read back what was saved, bit for bit, or raise.
+
+    Every array is compared with the digest of its bits taken before the save. Without `step` the newest checkpoint is
+    taken; a damaged one is passed over with a `DamagedCheckpointWarning` for the next older, and the next `save` of
+    this manager deletes it. With `step`, damage raises. Only the items named in `like` are read.
+
+    Args:
+        manager: from `open_manager`. A save under way is waited for.
+        like: which items, and for trees of arrays their structure, shapes and dtypes: arrays or
+            `jax.ShapeDtypeStruct`s, e.g. `{"ema": jax.eval_shape(init)}`. `like["data"]` is not looked at.
+            `like["meta"]`: None, or a JSON object whose fields must equal the saved ones (fields of `meta` not in it
+            are not compared).
+        sharding: where arrays go: one sharding for all, or a mapping from items to a sharding or to a tree of
+            shardings that is a prefix of the item. Any number of devices, whatever it was at the save. None: where
+            the leaf of `like` is, if it is a committed array or has a `sharding`; else an uncommitted array on the
+            default device.
+        step: which step; None for the newest good one.
+
+    Returns:
+        `{name: item}` for the names in `like`, and always `"step"`, () int32.
+
+    Raises:
+        NoCheckpointError: the directory holds no checkpoint, or not that step.
+        DamagedCheckpointError: that step is damaged, or all are.
+        ValueError: the checkpoint is whole but another: items, leaves, shapes, dtypes or `meta` differ (each is
+            named), or a shape that the sharding does not divide.
+    """
+    manager.wait_until_finished()
+    manager.reload()
+    steps = sorted(manager.all_steps(), reverse=True)
+    if step is not None:
+        if step not in steps:
+            raise NoCheckpointError(f"no step {step} in {manager.directory}; there are {steps[::-1]}")
+        return _restore_step(manager, step, like, sharding)
+    if not steps:
+        raise NoCheckpointError(f"no checkpoints in {manager.directory}")
+    faults = []
+    for candidate in steps:
+        try:
+            restored = _restore_step(manager, candidate, like, sharding)
+        except DamagedCheckpointError as error:
+            faults.append(str(error))
+            manager.damaged.add(candidate)
+            continue
+        for fault in faults:
+            warnings.warn(f"{fault}; restored step {candidate} instead", DamagedCheckpointWarning, stacklevel=2)
+        return restored
+    raise DamagedCheckpointError("every checkpoint is damaged: " + "; ".join(faults))
+
+
+def _restore_step(manager, step, like, sharding):
+    where = f"step {step} in {manager.directory}"
+    meta = _read(manager, step, "meta", ocp.args.JsonRestore())
+    if not isinstance(meta, dict) or meta.pop("sha256", None) != _trees.sha256(meta):
+        raise _damaged(manager, step, "meta", "its digest disagrees")
+    if meta["step"] != step:
+        raise _damaged(manager, step, "meta", f"it was written for step {meta['step']}")
+    if meta["format"] != _FORMAT:
+        raise ValueError(f"{where} has format {meta['format']}, this version of jdiff reads format {_FORMAT}")
+    trees = {name: _trees.flatten(name, tree) for name, tree in like.items() if name not in (*_JSON_ITEMS, "step")}
+    _compare(where, meta, like, trees)
+    placements = {
+        name: _trees.placements(like[name], leaves, _trees.part(sharding, name)) for name, leaves in trees.items()
+    }
+
+    restored: dict[str, Any] = {}
+    for name, leaves in trees.items():
+        arrays = _read_arrays(manager, step, name, leaves, placements[name])
+        saved, found = meta["items"][name]["leaves"], _trees.describe(arrays)
+        if wrong := [f"{name}/{path}" for path in found if found[path]["digest"] != saved[path]["digest"]]:
+            raise _damaged(manager, step, name, f"the bits of {_some(wrong)} are not those that were saved")
+        restored[name] = jax.tree.unflatten(jax.tree.structure(like[name]), arrays.values())
+    if "data" in like:
+        data = _read(manager, step, "data", ocp.args.JsonRestore())
+        if _trees.sha256(data) != meta["items"]["data"]["sha256"]:
+            raise _damaged(manager, step, "data", "its digest disagrees")
+        restored["data"] = _trees.from_json(data)
+    if "meta" in like:
+        restored["meta"] = _trees.from_json(meta["meta"])
+    place = _trees.part(sharding, "step") or _trees.own_place(like.get("step"))
+    restored["step"] = _trees.put(np.asarray(step, np.int32), place)
+    manager.trusted.add(step)
+    return restored
+
+
+def _read(manager, step, item, args):
+    """One item by Orbax. Whatever that raises is damage, and all processes of the run agree on it."""
+    fault, value = None, None
+    try:
+        if not (manager.directory / str(step) / item).exists():
+            raise FileNotFoundError("missing")
+        value = manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+    except Exception as error:
+        fault = error
+    if jax.process_count() > 1:
+        failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(fault is not None)))
+        if failed.size and fault is None:
+            fault = OSError(f"unreadable in processes {failed.tolist()}")
+    if isinstance(fault, MemoryError) or "RESOURCE_EXHAUSTED" in str(fault):
+        raise fault  # too large for this machine, which is no damage
+    if fault is not None:
+        text = " ".join(str(fault).split()) or type(fault).__name__
+        raise _damaged(manager, step, item, text[:600]) from fault
+    return value
+
+
+def _read_arrays(manager, step, item, leaves, places):
+    def target(path, leaf):
+        if places[path] is None:
+            # A NumPy target makes Orbax read to the host; a broadcast one takes no memory itself.
+            return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path])
+
+    values = {path: np.zeros(leaf.shape, leaf.dtype) if not leaf.size else None for path, leaf in leaves.items()}
+    if targets := {path: target(path, leaf) for path, leaf in _trees.stored(leaves).items()}:
+        read = _read(manager, step, item, ocp.args.StandardRestore(_trees.nest(targets)))
+        values |= zip(_trees.nest_order(targets), jax.tree.leaves(read), strict=True)
+    return {path: _trees.put(value, places[path]) for path, value in values.items()}
+
+
+def _compare(where, meta, like, trees):
+    """Raise ValueError where an undamaged checkpoint is not one of `like`."""
+    items = meta["items"]
+    if missing := [name for name in like if name not in ("meta", "step") and name not in items]:
+        raise ValueError(f"{where} has no item {_some(missing)}; it has {', '.join(sorted(items))}")
+    asked, found = {}, {}
+    for name, leaves in trees.items():
+        asked |= {f"{name}/{path}": f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves.items()}
+        saved = items[name]["leaves"]
+        found |= {f"{name}/{path}": f"{leaf['dtype']}{leaf['shape']}" for path, leaf in saved.items()}
+    if like.get("meta") is not None:
+        fields = _trees.from_json(_trees.to_json("meta", like["meta"]))
+        stored = _trees.from_json(meta["meta"]) or {}
+        for name in fields:
+            asked |= _trees.fields(f"meta/{name}", fields[name])
+            found |= _trees.fields(f"meta/{name}", stored[name]) if name in stored else {}
+    differences = [
+        f"{path}: saved {found.get(path, 'nothing')}, asked for {asked.get(path, 'nothing')}"
+        for path in [*asked, *(path for path in found if path not in asked)]
+        if asked.get(path) != found.get(path)
+    ]
+    if differences:
+        raise ValueError(f"{where} is of another network, optimiser or configuration: {_some(differences, '; ')}")
+
+
+def _same_everywhere(texts):
+    """Process 0 writes the JSON items for all: refuse to lose another process's."""
+    if jax.process_count() > 1:
+        digest = np.frombuffer(bytes.fromhex(_trees.sha256(texts)), np.uint8)
+        if len(np.unique(multihost_utils.process_allgather(digest), axis=0)) > 1:
+            raise ValueError("data and meta must be the same in every process")
+
+
+def _damaged(manager, step, item, fault):
+    return DamagedCheckpointError(f"step {step} is damaged: {manager.directory / str(step) / item}: {fault}")
+
+
+def _some(texts, separator=", "):
+    rest = len(texts) - _SHOWN
+    return separator.join(texts[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
