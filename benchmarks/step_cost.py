@@ -9,7 +9,6 @@ measured on the same device, for both dtypes, before the steps and after. Memory
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 
@@ -73,7 +72,7 @@ def _matmul_rate(n, dtype):
     a = jax.random.normal(jax.random.key(0), (n, n)).astype(dtype)
     b = (jax.random.normal(jax.random.key(1), (n, n)) / math.sqrt(n)).astype(dtype)
 
-    @functools.partial(jax.jit, compiler_options=compiler_options())
+    @jax.jit
     def products(a, b):
         for _ in range(_PRODUCTS):
             a = jnp.matmul(a, b, preferred_element_type=dtype)
@@ -109,7 +108,12 @@ def _step(options, dtype, remat, steps):
     config, source, described, loss, tx = _prepare(options, dtype, remat)
     images, mesh, key = config.training.batch_size, parallel.data_mesh(), jax.random.key(1)
     step = parallel.data_parallel(
-        loss, tx, mesh, ema_decay=config.training.ema_decay, steps=steps > 1, compiler_options=compiler_options()
+        loss,
+        tx,
+        mesh,
+        ema_decay=config.training.ema_decay,
+        steps=steps > 1,
+        compiler_options=compiler_options(config.network.name),
     )
     batches = list(itertools.islice(data.batches(source, images, seed=0, process_index=0, process_count=1), steps))
     batch = jax.tree.map(lambda *leaves: np.stack(leaves), *batches) if steps > 1 else batches[0]

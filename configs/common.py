@@ -32,7 +32,8 @@ def defaults() -> ConfigDict:
 
     c.loss = ConfigDict()
     # denoising: at continuous times; ddpm, smld: at the discrete ones of Song et al. 2021; classifier;
-    # maximum_likelihood: of the probability flow, or of a coupling flow (network.name)
+    # maximum_likelihood: of the probability flow, or of a coupling flow (network.name); implicit, sliced: of a score,
+    # without the noise as a target
     c.loss.name = "denoising"
     c.loss.scales = 1000  # of ddpm and smld: the number of times
     c.loss.reduce_mean = True  # mean over the image; False: half the sum, as published for VE

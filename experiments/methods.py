@@ -63,7 +63,7 @@ def _exact_evaluator(config, described, shape):
             t_min=t_min,
         )
 
-    @functools.partial(jax.jit, compiler_options=compiler_options())
+    @functools.partial(jax.jit, compiler_options=compiler_options(config.network.name))
     def evaluate(params, statistics, batch, rtol, atol):
         # Dequantisations that are weighted against each other have their probes in common.
         probe = _keys(config.seed, batch["draw"] // c.importance_samples, batch["index"], 1)
@@ -164,7 +164,7 @@ def _bound_evaluator(config, described, shape, *, kind, steps, draws):
         ts = times.uniform_log_snr(forward_process, steps, t_min=t_min, t_max=end)
         evaluations = draws = min(draws, steps)
 
-    @functools.partial(jax.jit, compiler_options=compiler_options())
+    @functools.partial(jax.jit, compiler_options=compiler_options(config.network.name))
     def evaluate(params, statistics, batch):
         keys = _keys(config.seed, batch["draw"], batch["index"], 2)
         field = build.field(config, described.module, params, statistics)

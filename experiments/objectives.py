@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from experiments import flows, song2021
 from experiments.build import at, field, pick, process
-from jdiff import conditions, coupling, losses, times
+from jdiff import conditions, coupling, losses, score_matching, times
+from jdiff.processes import perturb
 from jdiff.transforms import DataTransform, random_flip
 
 # options -> weighting
@@ -37,6 +38,11 @@ TIMES = {
 COUPLINGS = ("independent", "optimal_transport")
 # At discrete times, of a process and a kind of field each.
 OBJECTIVES = {"ddpm": song2021.ddpm_loss, "smld": song2021.smld_loss}
+# Without a target: functions (keys, score, x, t) -> (batch,) of the score at t.
+MATCHING = {
+    "implicit": lambda keys, score, x, t: score_matching.implicit(score, x, t),
+    "sliced": score_matching.sliced,
+}
 _DISCRETE = {"ddpm": ("VP", "eps"), "smld": ("VE", "score")}
 # What the backward pass finds stored; the rest it computes again.
 REMAT = {"none": None, "dots": jax.checkpoint_policies.dots_saveable}
@@ -90,8 +96,9 @@ def loss(config: ConfigDict, module, statistics: dict, data_transform: DataTrans
     = False gives half the sum over the image, not the mean. "classifier" is the cross entropy of the label given x_t,
     with the accuracy among its metrics. A batch with "noise" holds pairs in model space, as `experiments.pairs` makes
     them; otherwise the noise of an example comes from its key, or with loss.coupling = "optimal_transport" from that of
-    one of its group with the same condition. "maximum_likelihood"
-    draws no times (see `flows`).
+    one of its group with the same condition. "implicit" and "sliced" match the score without a target: loss.weight of a
+    score, times 2/D of `jdiff.score_matching`, which is the denoising loss less a number that no parameter changes.
+    "maximum_likelihood" draws no times (see `flows`).
     """
     forward_process = process(config)
     weight, draw = weighting(config), training_times(config)
@@ -129,10 +136,16 @@ def loss(config: ConfigDict, module, statistics: dict, data_transform: DataTrans
         if config.loss.name == "classifier":
             error, correct = losses.classification(_fold(keys, 2), trained, forward_process, x0, t, batch["label"])
             return error * importance.astype(error.dtype), {"accuracy": correct}
-        error = losses.denoising(
-            None, trained, forward_process, x0, t, predict=config.network.predict, weight=weight, eps=eps
-        )
-        share = 1.0 if reduce_mean else 0.5 * math.prod(x0.shape[1:])
+        size = math.prod(x0.shape[1:])
+        if config.loss.name in MATCHING:
+            x = perturb(forward_process, x0, eps, t)
+            error = MATCHING[config.loss.name](_fold(keys, 6), trained, x, t)
+            error = 2 / size * weight(forward_process, t, "score").astype(error.dtype) * error
+        else:
+            error = losses.denoising(
+                None, trained, forward_process, x0, t, predict=config.network.predict, weight=weight, eps=eps
+            )
+        share = 1.0 if reduce_mean else 0.5 * size
         return share * error * importance.astype(error.dtype), {}
 
     return loss_fn
@@ -150,7 +163,7 @@ def _known_options(function, group, path, given):
 def check_objective(config: ConfigDict) -> None:
     """Raise ValueError for a loss that the process, the prediction or the other fields do not fit."""
     name, forward_process = config.loss.name, process(config)
-    pick(("denoising", "classifier", "maximum_likelihood", *OBJECTIVES), name, "loss.name")
+    pick(("denoising", "classifier", "maximum_likelihood", *MATCHING, *OBJECTIVES), name, "loss.name")
     pick(COUPLINGS, config.loss.coupling, "loss.coupling")
     if config.loss.coupling_group < 1:
         raise ValueError(f"loss.coupling_group must be positive, got {config.loss.coupling_group}")
@@ -168,7 +181,11 @@ def check_objective(config: ConfigDict) -> None:
         raise ValueError(f'network "coupling" and data.logit need loss.name = "maximum_likelihood", got {name!r}')
     if config.loss.scales < 2:
         raise ValueError(f"loss.scales must be 2 or more, got {config.loss.scales}")
-    if name in ("denoising", "classifier"):
+    if name in MATCHING and config.network.predict != "score":
+        raise ValueError(f'loss.name = {name!r} needs network.predict = "score", got {config.network.predict!r}')
+    if name == "classifier" and config.loss.weight.name != "unit":
+        raise ValueError(f'loss.name = "classifier" is not weighted: loss.weight.name is {config.loss.weight.name!r}')
+    if name in ("denoising", "classifier", *MATCHING):
         return
     wanted = dict(zip(("process.name", "network.predict"), _DISCRETE[name]))
     wanted |= {"loss.weight.name": "sigma2", "loss.times.name": "uniform"}
@@ -189,6 +206,7 @@ def _check_flow(config):
     if c.steps < 1 or not min(c.kinetic, c.jacobian) >= 0:
         raise ValueError(f"loss.cnf needs steps >= 1, kinetic and jacobian >= 0, got {c.to_dict()}")
     wanted = {"process.name": "Rectified", "network.predict": "velocity", "protocol": "jdiff", "data.dequantise": True}
+    wanted |= {"loss.weight.name": "unit", "loss.times.name": "stratified"}  # it has neither
     for path, value in wanted.items():
         if (found := at(config, path)) != value:
             raise ValueError(f'loss.name = "maximum_likelihood" needs {path} = {value!r}, got {found!r}')

@@ -211,6 +211,8 @@ def check_guidance(config: ConfigDict) -> None:
         raise ValueError("sampling.threshold clips to the range of levels, and the data are logits (data.logit)")
     if c.negative and not c.negative.isdecimal():
         raise ValueError(f"sampling.negative must be empty or the number of a class, got {c.negative!r}")
+    if c.negative and c.guidance == 1:
+        raise ValueError(f"sampling.negative = {c.negative!r} is without effect at sampling.guidance = 1")
     weak = bool(c.weak_workdir or c.weak_step)
     if weak != (c.autoguidance != 1):
         raise ValueError(

@@ -61,7 +61,7 @@ def search_grid(config: ConfigDict, run: Run, *, samples: int = 64) -> dict:
         with_field = lambda params, statistics, *args: function(
             samplers.guided(config, described.module, params, statistics, None), *args
         )
-        program = jax.jit(with_field, compiler_options=compiler_options())
+        program = jax.jit(with_field, compiler_options=compiler_options(config.network.name))
         return lambda *args: program(trained.params, trained.statistics, *args)
 
     if _stochastic(config, x):

@@ -63,6 +63,8 @@ def check(config: ConfigDict, task: str, mask: str | None) -> str:
         raise ValueError('--task needs protocol = "jdiff" and a field of levels, not a coupling flow or data.logit')
     if c.solver not in samplers.SOLVERS or c.grid == samplers.SEARCHED:
         raise ValueError(f"--task needs a solver on a named grid, got {c.solver!r} on {c.grid!r}")
+    if c.noise != "white":
+        raise ValueError(f"--task draws white noise, and sampling.noise is {c.noise!r}")
     if c.autoguidance != 1 or c.classifier_workdir:
         raise ValueError("--task is guided by sampling.guidance and threshold only, not by another model")
     if task == "inpaint" and mask is None:

@@ -227,7 +227,7 @@ def _step_fn(config, loss, tx, mesh, places, *, steps):
         accumulate=c.accumulate,
         steps=steps,
         sharding=places if "fsdp" in mesh.axis_names else None,
-        compiler_options=compiler_options(),
+        compiler_options=compiler_options(config.network.name),
     )
 
 

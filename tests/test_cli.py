@@ -154,6 +154,16 @@ def test_a_wrong_config_json_names_the_field(config):
             {"loss.name": "maximum_likelihood", "loss.coupling": "optimal_transport"},
             "'maximum_likelihood' has none to pair",
         ),
+        (
+            {
+                "loss.name": "classifier",
+                "network.name": "wide_resnet",
+                "network.options": {},
+                "network.precondition": "none",
+            },
+            "is not weighted",
+        ),
+        ({"sampling.negative": "3"}, "'3' is without effect at sampling.guidance = 1"),
         ({"loss.coupling_group": 0}, r"loss.coupling_group must be positive, got 0"),
         ({"data.pairs": "a", "loss.coupling": "optimal_transport"}, r"data.pairs have their noise.*optimal_transport"),
         ({"loss.label_dropout": 1.5}, r"loss.label_dropout.*1.5"),

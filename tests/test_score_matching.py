@@ -3,9 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from ml_collections import ConfigDict
 
 import jdiff
-from jdiff import analytic, losses, score_matching
+from configs import smoke
+from experiments import checks, objectives
+from experiments import model as network
+from jdiff import analytic, data, losses, score_matching
 
 SIZE, T = 2, 0.4
 PROCESS = jdiff.VP()
@@ -123,3 +127,40 @@ def test_an_example_depends_on_its_own_key_alone():
 def test_mistakes_are_named(call, error, match):
     with pytest.raises(error, match=match):
         call(lambda x, t: x, jnp.ones((2, SIZE)))
+
+
+@pytest.mark.parametrize("name", ["implicit", "sliced"])
+def test_a_configured_loss_is_the_denoising_one_less_a_constant(name, monkeypatch, tmp_path):
+    """With weight sigma^2 the constant is E|eps|^2 / D = 1; 4 standard errors (p = 6e-5) are under 0.1 of that."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    config = smoke.get_config()
+    config.network.options = ConfigDict({"width": 32, "depth": 2})
+    config.network.update(name="mlp", predict="score", precondition="none")
+    config.loss.weight.name, config.loss.times.name = "sigma2", "uniform"
+    source = data.load("digits", "train")
+    described = network.describe(config, source)
+    count = config.training.batch_size = 512
+    parameters = network.initialise(config, described, jax.random.key(0))
+    noise = jax.random.split(jax.random.key(1), len(jax.tree.leaves(parameters)))
+    noise = jax.tree.unflatten(jax.tree.structure(parameters), noise)
+    parameters = jax.tree.map(lambda p, k: p + 0.3 * jax.random.normal(k, p.shape), parameters, noise)
+    batch = {**source.read(np.arange(count)), "index": jnp.arange(count), "key": jax.random.key(2)}
+
+    def per_example(name):
+        config.loss.name = name
+        checks.check(config)
+        loss = objectives.loss(config, described.module, {}, described.transform)
+        return np.asarray(jax.jit(loss)(parameters, jax.random.split(jax.random.key(3), count), batch)[0])
+
+    target, ours = per_example("denoising"), per_example(name)
+    difference = target - ours
+    error = difference.std(ddof=1) / np.sqrt(count)
+    assert error < 0.025 and ours.std() > 0.1
+    assert abs(difference.mean() - 1) < 4 * error
+
+
+def test_a_configured_loss_needs_a_score():
+    config = smoke.get_config()
+    config.loss.name = "sliced"
+    with pytest.raises(ValueError, match=r"'sliced' needs network.predict = \"score\", got 'v'"):
+        checks.check(config)

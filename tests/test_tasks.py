@@ -200,3 +200,10 @@ def test_samples_that_are_not_finite_are_an_error(runs, files, monkeypatch):
     monkeypatch.setattr(tasks, "draw", lambda *args: lambda *args: jnp.full((2, 8, 8, 1), jnp.nan))
     with pytest.raises(FloatingPointError, match="moment_matching gave samples that are not finite"):
         controlled(runs, "grey", "inpaint", files["grey"], files["grey mask"])
+
+
+def test_noise_of_another_kind_is_refused():
+    config = smoke.get_config()
+    config.sampling.noise = "brownian"
+    with pytest.raises(ValueError, match="draws white noise, and sampling"):
+        tasks.check(config, "superres", None)
