@@ -100,8 +100,8 @@ def test_processes_and_their_steps(name):
     for flow in (False, True):
         pf = f"reverse_pf{int(flow)}"
         for predictor, f, noise in (
-            (song2021.euler_maruyama, g[f"{pf}_drift"] / 1000, g[f"{pf}_diffusion"] / np.sqrt(1000)),
-            (song2021.reverse_diffusion, g[f"{pf}_disc_f"], g[f"{pf}_disc_G"]),
+            (song2021.PREDICTORS["euler_maruyama"], g[f"{pf}_drift"] / 1000, g[f"{pf}_diffusion"] / np.sqrt(1000)),
+            (song2021.PREDICTORS["reverse_diffusion"], g[f"{pf}_disc_f"], g[f"{pf}_disc_G"]),
         ):
             new, mean = predictor(process, lambda x, t: -x, x, t, jnp.ones_like(x), 1000, flow)
             compare(mean, 1 - f)
