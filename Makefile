@@ -7,14 +7,15 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.jdiff-installed
 
-.PHONY: help setup demo test test-slow lint format smoke clean
+.PHONY: help setup demo test test-slow lint format docs smoke clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo        train on the 8x8 digits, bits/dim, samples and runs/digits/report.html (minutes, no GPU)"
 	@echo "make test        the fast tests            make test-slow   the slow ones"
 	@echo "make lint        ruff                      make smoke       the demo in seconds, in a temporary folder"
-	@echo "make setup       only the environment      make clean       remove it"
+	@echo "make docs        the site, build/site      make setup       only the environment"
+	@echo "make clean       remove all of it"
 
 setup: $(READY)
 
@@ -35,6 +36,10 @@ format: $(READY)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+docs: $(READY)
+	JAX_PLATFORMS=cpu $(RUN) -m sphinx -W --keep-going -q -c docs -d build/doctrees . build/site
+	@echo "build/site/index.html"
+
 smoke: $(READY)
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
 	$(RUN) -m experiments.demo --smoke --workdir "$$folder" $(ARGS)
@@ -49,5 +54,5 @@ $(READY): setup.cfg pyproject.toml
 	@test -x $(RUN) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "jdiff needs Python 3.11 or newer, and $(PYTHON) is not: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[experiments,test,dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[experiments,test,docs,dev]'
 	@touch $@

@@ -26,8 +26,7 @@ def coefficients(process: Process, t: Array, kind: Kind) -> tuple[Array, Array]:
     """Return (a, b), shaped like t, of the prediction a x_0 + b eps.
 
     v: Salimans & Ho 2022 (arXiv 2202.00512), appendix D. score: Song et al. 2021 (arXiv 2011.13456), the denoising
-      score
-    -eps/sigma. velocity: d x_t/dt along x_0 and eps, Lipman et al. 2022 (arXiv 2210.02747), eq. 14.
+    score -eps/sigma. velocity: d x_t/dt along x_0 and eps, Lipman et al. 2022 (arXiv 2210.02747), eq. 14.
 
     Raises:
       ValueError: unknown kind.

@@ -1,8 +1,5 @@
 """Null conditions, dropping them, and what training on them learns, against the closed form for Gaussian data."""
 
-import pathlib
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,11 +101,3 @@ def test_training_on_vectors_learns_the_conditional_mean():
     assert error(field(x, t, cond), given) < 0.08 and error(field(x, t, null), without) < 0.08
     guided = guidance.classifier_free(field, cond, null, 1.5)(x, t)
     assert error(guided, 1.5 * given - 0.5 * without) < 0.16
-
-
-def test_the_example_of_the_guide_runs():
-    guide = (pathlib.Path(__file__).parents[1] / "docs" / "conditioning.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
-    names: dict = {}
-    exec(code, names)
-    assert jax.eval_shape(names["field"], names["x"], names["t"]).shape == names["x"].shape

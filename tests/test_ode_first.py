@@ -175,9 +175,10 @@ def test_samples_of_every_eta_have_one_law(x64):
 
 
 def test_the_document_shows_the_code_that_runs():
-    blocks = re.findall(r"```python\n(.*?)```", DOCUMENT, re.S)
+    imports, *blocks = re.findall(r"```python\n(.*?)```", DOCUMENT, re.S)
+    assert imports.startswith("import jax")
     assert len(blocks) >= 6
-    # Excerpts from inside a function are less indented here, and ruff has its own mind about empty lines.
+    # Ruff has its own mind about empty lines.
     plain = lambda code: "".join(f"{line.strip()}\n" for line in code.splitlines() if line.strip())
     for block in blocks:
         assert any(plain(block) in plain(code) for code in CODE.values()), f"not in experiments/ode_first:\n{block}"

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import re
 import socket
 import subprocess
 import sys
@@ -379,17 +378,6 @@ def test_start_processes(monkeypatch, env, arguments, expected):
     names = ("coordinator_address", "num_processes", "process_id", "cluster_detection_method")
     assert [tuple(call[name] for name in names) for call in calls] == ([] if expected is None else [expected])
     assert all((call["initialization_timeout"], call["heartbeat_timeout_seconds"]) == (9, 8) for call in calls)
-
-
-def test_the_examples_of_the_guide_run(capsys):
-    guide = (pathlib.Path(__file__).parents[1] / "docs" / "parallel.md").read_text()
-    blocks = [block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "sys.argv" not in block]
-    for block in blocks:
-        exec(compile(block, "docs/parallel.md", "exec"), {})
-    trained, sharded, restored = capsys.readouterr().out.splitlines()
-    assert sharded == "256"
-    assert re.fullmatch(r"20 \d\.\d+ True", trained)
-    assert restored == "100 {'next_index': 100} (3, 3)"
 
 
 PROCESS = """

@@ -5,7 +5,6 @@ import math
 import pathlib
 import re
 import sys
-import tarfile
 import types
 
 import numpy as np
@@ -15,7 +14,6 @@ import experiments
 from configs.song2021 import PUBLISHED
 from experiments import reproduce
 from experiments.artefacts import Run
-from jdiff import data
 
 ROW = "vp/cifar10_ddpmpp_continuous"
 GUIDE = pathlib.Path(__file__).parents[1] / "docs" / "reproduce.md"
@@ -141,24 +139,3 @@ def test_the_table_judges_what_is_there(tmp_path, monkeypatch):
     assert re.search(rf"\n{ROW} +3\.16 +3\.1612 \+- 0\.0100  agrees: \+0\.0012, allowed 0\.00", text)
     assert re.search(r"\nsubvp/cifar10_ddpmpp_continuous +3\.02 +3\.0700 \+- 0\.0100  DISAGREES: \+0\.0500", text)
     assert re.search(r"\nve/cifar10_ncsnpp_continuous +- +3\.4000 \+- 0\.0100  nothing published to compare with", text)
-
-
-def test_cifar10_is_prepared_without_tensorflow_as_the_guide_says(tmp_path, monkeypatch):
-    """The block of docs/reproduce.md on an archive of the same form with 20 images a file."""
-    rng = np.random.RandomState(0)
-    files = [f"data_batch_{n}.bin" for n in range(1, 6)] + ["test_batch.bin"]
-    rows = {file: np.c_[np.arange(20) % 10, rng.randint(0, 256, (20, 3072))].astype(np.uint8) for file in files}
-    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as archive:
-        for file, values in rows.items():
-            (tmp_path / file).write_bytes(values.tobytes())
-            archive.add(tmp_path / file, f"cifar-10-batches-bin/{file}")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-    (block,) = (b for b in re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL) if "tarfile" in b)
-    exec(compile(block, str(GUIDE), "exec"), {"__name__": "guide"})
-    test, train = data.load("cifar10", "test"), data.load("cifar10", "train")
-    assert (len(test), len(train), test.shape, test.levels, test.version) == (20, 100, (32, 32, 3), 256, "3.0.2")
-    # As sets: TFDS shuffles. Red, green and blue planes become the last axis.
-    read = {(int(y), x.tobytes()) for x, y in zip(*(test.arrays()[k] for k in ("image", "label")))}
-    wanted = {(int(r[0]), r[1:].reshape(3, 32, 32).transpose(1, 2, 0).tobytes()) for r in rows["test_batch.bin"]}
-    assert read == wanted
