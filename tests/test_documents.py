@@ -234,6 +234,16 @@ def test_the_architecture_lists_the_rooms_in_the_order_of_their_imports():
             top, *rest = name.split(".")
             if top == "jdiff" and rest and package[1] in order:
                 assert order.index(rest[0]) <= order.index(package[1]), f"{path.name} imports {name}"
+    flow = PAGES["docs/architecture.md"].partition("## From a configuration")[2].partition("\n## ")[0]
+    for module, name in re.findall(r"`([\w.]+)\.(\w+)`", flow):
+        top = (
+            ""
+            if module.startswith("jdiff")
+            else "experiments."
+            if importlib.util.find_spec(f"experiments.{module}")
+            else "jdiff."
+        )
+        assert hasattr(importlib.import_module(top + module), name), f"{module}.{name}"
 
 
 def test_every_public_module_has_a_page_and_docstrings_become_what_they_say():
