@@ -60,7 +60,12 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if any(blocks(text, "python"))])
+# Tutorials are scripts of examples/, whose own test runs them small and compares these pages with them.
+TUTORIALS = "docs/tutorials/"
+WITH_PYTHON = [p for p, text in PAGES.items() if any(blocks(text, "python")) and not p.startswith(TUTORIALS)]
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON)
 def test_the_python_of_a_page_runs(page, folder, capsys):
     """In order and in one namespace, as a reader would type it; tests that a page shows are run."""
     if page == CIFAR10:
@@ -75,6 +80,12 @@ def test_the_python_of_a_page_runs(page, folder, capsys):
         names[name]()
     if page == CIFAR10:
         _is_the_archive(folder)
+
+
+def test_a_tutorial_is_a_script():
+    for page in PAGES:
+        if page.startswith(TUTORIALS):
+            assert (ROOT / "examples" / f"{pathlib.Path(page).stem}.py").exists(), page
 
 
 def test_what_looks_like_python_is_run_or_needs_what_is_not_here():
