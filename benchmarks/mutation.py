@@ -2,11 +2,11 @@
 
     taskset -c 1 python -m benchmarks.mutation [--module jdiff/sde.py] [--count 300] [--seed 0]
 
-Each module is tested by the one file of tests that mirrors it, with one minute for a mutant from start to end. A mutant
-is killed where a test fails, where nothing can be imported, or where one test does not end; it survives where all tests
-pass or the minute is over. Results are appended to OUT/mutation.jsonl one line a mutant, and what is there is not run
-again (`--again` runs survivors again, after new tests); a table and the survivors are printed and written to
-OUT/mutation.json.
+Each module is tested by the one file of tests that mirrors it, with one minute of one core for a mutant from start to
+end. A mutant is killed where a test fails, where nothing can be imported, or where one test does not end; it survives
+where all tests pass or the minute is over. Results are appended to OUT/mutation.jsonl one line a mutant, and what is
+there is not run again (`--again` runs survivors again, after new tests); a table and the survivors are printed and
+written to OUT/mutation.json.
 
 Why not mutmut or cosmic-ray: both start an interpreter (and JAX) for each mutant, know no persistent compilation cache
 and mutate annotations and texts of errors. Here a parent that has imported JAX and the other packages, but not jdiff,
@@ -27,6 +27,7 @@ import importlib
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -39,7 +40,7 @@ from collections.abc import Iterator
 from benchmarks.faults import mutants
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-LIMIT = 60.0
+LIMIT = 60  # seconds of the processor
 FIXED, ADAPTIVE = "tests/test_solvers_fixed.py", "tests/test_solvers_adaptive.py"
 MIRRORS = {
     **{f"jdiff/{name}.py": f"tests/test_{name}.py" for name in ("processes", "predictions", "sde", "losses")},
@@ -76,7 +77,7 @@ class Reporter:
 
     def __init__(self, path, order, cached):
         self.path, self.order, self.cached = path, order, cached
-        self.state = {"test": None, "since": time.time(), "failure": None, "durations": {}}
+        self.state = {"test": None, "since": time.process_time(), "failure": None, "durations": {}}
 
     def _write(self):
         text = json.dumps(self.state)
@@ -98,7 +99,7 @@ class Reporter:
 
     def pytest_runtest_logstart(self, nodeid):
         """Note the test that runs."""
-        self.state |= {"test": nodeid, "since": time.time()}
+        self.state |= {"test": nodeid, "since": time.process_time()}
         self._write()
 
     def pytest_runtest_logreport(self, report):
@@ -128,8 +129,8 @@ class Reporter:
             self._write()
 
 
-def run_tests(scratch: pathlib.Path, tests: str, order: dict, *, limit: float | None, cached: bool = True) -> dict:
-    """Run one file of tests in a forked child; return how it ended and after how long."""
+def run_tests(scratch: pathlib.Path, tests: str, order: dict, *, limit: int | None, cached: bool = True) -> dict:
+    """Run one file of tests in a forked child; return how it ended and after how many seconds of the processor."""
     state, start = scratch / "child.json", time.time()
     state.unlink(missing_ok=True)
     sys.stdout.flush()
@@ -139,6 +140,8 @@ def run_tests(scratch: pathlib.Path, tests: str, order: dict, *, limit: float | 
             os.setsid()
             output = os.open(scratch / "child.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1), os.dup2(output, 2)
+            if limit is not None:
+                resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))  # then SIGXCPU ends it
             arguments = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow", "--tb=short", tests]
             code = int(importlib.import_module("pytest").main(arguments, plugins=[Reporter(state, order, cached)]))
         except BaseException:
@@ -146,20 +149,21 @@ def run_tests(scratch: pathlib.Path, tests: str, order: dict, *, limit: float | 
             code = 99
         sys.stderr.flush()
         os._exit(code)
-    ended, status = os.waitpid(child, os.WNOHANG)
-    while not ended and (limit is None or time.time() - start < limit):
+    ended, status, usage = os.wait4(child, os.WNOHANG)
+    while not ended and (limit is None or time.time() - start < 10 * limit):
         time.sleep(0.02)
-        ended, status = os.waitpid(child, os.WNOHANG)
+        ended, status, usage = os.wait4(child, os.WNOHANG)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # and what it has started itself
     if not ended:
-        os.waitpid(child, 0)
-    seconds = time.time() - start
+        _, status, usage = os.wait4(child, 0)
+    seconds = round(usage.ru_utime + usage.ru_stime, 1)
     told = json.loads(state.read_text()) if state.exists() else {"test": None, "failure": None, "durations": {}}
-    result = {"outcome": "killed", "how": "import", "seconds": round(seconds, 1), "durations": told["durations"]}
-    if not ended:
+    result = {"outcome": "killed", "how": "import", "seconds": seconds, "durations": told["durations"]}
+    if not ended or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):
         # A test that takes far longer than unmutated with nothing compiled does not end; else the minute was too short.
-        hangs = time.time() - told["since"] > max(20, 5 * order.get(told["test"], 0)) if told["test"] else False
+        allowed = max(20, 5 * order.get(told["test"], 0))
+        hangs = not ended or (told["test"] is not None and seconds - told["since"] > allowed)
         how = {"outcome": "killed", "how": "hang"} if hangs else {"outcome": "survived", "how": "limit"}
         return {**result, **how, "test": told["test"]}
     if os.WIFSIGNALED(status):
