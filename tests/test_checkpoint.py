@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import sys
 import time
+import types
 import warnings
 
 import jax
@@ -351,6 +352,40 @@ def test_another_network_or_configuration_is_named(original, wanted, message):
         warnings.simplefilter("error")  # not damage: nothing older is tried
         with pytest.raises(ValueError, match=message):
             restore(original[0], wanted)
+
+
+def test_twenty_names_are_listed_and_the_rest_counted(original):
+    for names, end in ((20, "x19; it has"), (21, "x19 and 1 more; it has")):
+        with pytest.raises(ValueError, match=end):
+            restore(original[0], {f"x{i:02}": () for i in range(names)})
+
+
+def test_another_format_is_named_and_no_damage(original, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_FORMAT", 2)
+    with pytest.raises(ValueError, match="has format 1, this version of jdiff reads format 2"):
+        restore(original[0], like())
+
+
+def test_what_one_process_cannot_read_is_damage_in_all(tmp_path, monkeypatch):
+    """Each says whether it has read the item; what the others say is what `process_allgather` gives back."""
+    told = []
+
+    def process_allgather(fault):
+        told.append(bool(fault))
+        return np.array([fault, others])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(checkpoint.multihost_utils, "process_allgather", process_allgather)
+    manager = types.SimpleNamespace(directory=tmp_path, restore=lambda step, args: {"meta": "read"})
+    (tmp_path / "3" / "meta").mkdir(parents=True)
+    others = False
+    assert checkpoint._read(manager, 3, "meta", None) == "read"
+    with pytest.raises(checkpoint.DamagedCheckpointError, match="missing"):
+        checkpoint._read(manager, 3, "data", None)
+    others = True
+    with pytest.raises(checkpoint.DamagedCheckpointError, match=r"unreadable in processes \[1\]"):
+        checkpoint._read(manager, 3, "meta", None)
+    assert told == [False, True, False]
 
 
 def test_fields_of_meta_that_are_not_asked_for_are_not_compared(original):

@@ -158,6 +158,43 @@ def test_rejected_steps(x64):
     same(got, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(run(x[i : i + 1]) for i in range(4))))
 
 
+def test_the_first_step_is_that_of_hairer(x64):
+    """Hairer, Norsett & Wanner 1993, section II.4, read off the times at which the drift is asked for."""
+    # x, slope k, its change m in time, and the end, from t = 0, of drifts k + m t; the last one is infinite for t > 0.
+    cases = np.array(
+        [
+            [1.0, 2.0, 0.0, 10.0],
+            [1.0, 0.001, 50.0, 1000.0],  # bent
+            [0.0, 1.0, 0.0, 10.0],  # from the origin: a millionth ahead, and a hundred times that at most
+            [1.0, 1e-9, 0.0, -10.0],  # nearly still
+            [1.0, 0.0, 0.0, 10.0],  # still
+            [1e6, 1.0, 0.0, 0.05],  # no further than the end
+            [1.0, 0.5, np.inf, 10.0],
+        ]
+    )
+    x, k, m, end = cases.T
+    asked = []
+
+    def drift(x, t):
+        jax.debug.callback(lambda t: asked.append(np.asarray(t)), t, ordered=True)
+        return (jnp.asarray(k) + jnp.where(t == 0, 0, m * t))[:, None]
+
+    ode, tableau = sde.SDE(drift), solvers.DORMAND_PRINCE
+    solvers.integrate_adaptive(ode, jnp.asarray(x)[:, None], 0.0, jnp.asarray(end), rtol=1e-30, atol=0.01, max_steps=1)
+    jax.effects_barrier()
+    size, speed, bend = np.abs(x) / 0.01, np.abs(k) / 0.01, np.abs(m) / 0.01
+    with np.errstate(divide="ignore"):
+        ahead = np.minimum(np.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed), np.abs(end))
+        largest = np.maximum(speed, bend)
+        length = (0.01 / largest) ** (1 / 5)
+    length = np.where((largest <= 1e-15) | np.isinf(largest), np.maximum(1e-6, ahead * 1e-3), length)
+    first = np.minimum(np.minimum(100 * ahead, length), np.abs(end))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-12)
+    close(asked[0], np.zeros(len(x)))
+    close(asked[1], np.sign(end) * ahead)
+    close(asked[2], np.sign(end) * first * tableau.c[1])
+
+
 def test_times_per_example(x64):
     """Each example runs from its own t0 to its own t1, some backwards."""
     x, t0, t1 = starts(4), jnp.array([0.0, 2.0, 1.0, 0.5]), jnp.array([1.0, 0.5, 1.1, 3.0])

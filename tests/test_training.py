@@ -91,6 +91,20 @@ def test_adam_with_clipping_warmup_cosine_and_decay_equals_the_formula(problem):
         np.testing.assert_allclose(state.params["b"], p[DIM], atol=1e-5)
 
 
+def test_adam_has_the_numbers_of_its_paper():
+    """b1 = 0.9, b2 = 0.999, eps = 1e-8, seen on gradients as small as eps: two steps by hand."""
+    tx, p = training.adam(1.0), jnp.zeros(2)
+    step = jax.jit(tx.update)
+    state, g = tx.init(p), np.array([1e-8, -3e-8])
+    m, v = 0, 0
+    for n, gradient in enumerate((g, 4 * g), 1):
+        with jax.numpy_dtype_promotion("standard"):
+            update, state = step(jnp.float32(gradient), state, p)
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        want = -(m / (1 - 0.9**n)) / (np.sqrt(v / (1 - 0.999**n)) + 1e-8)
+        np.testing.assert_allclose(update, want, rtol=1e-4)
+
+
 def test_learning_rate_shapes():
     constant, warm = training.learning_rate(3.0), training.learning_rate(3.0, warmup=4)
     assert [float(constant(n)) for n in (0, 100)] == [3.0, 3.0]
@@ -246,6 +260,7 @@ def test_bad_input_is_named(key, batch, loss, error, match):
         (lambda: training.learning_rate(1.0, warmup=-1), "warmup"),
         (lambda: training.learning_rate(1.0, warmup=5, total=5), "total"),
         (lambda: training.adam(1.0, b2=1.0), "b2"),
+        (lambda: training.adam(1.0, eps=0.0), "eps"),
         (lambda: training.adam(1.0, clip=0.0), "clip"),
         (lambda: training.adam(1.0, weight_decay=-1.0), "weight_decay"),
     ],
