@@ -231,7 +231,7 @@ def run(todo: list[dict], scratch: pathlib.Path, cache: pathlib.Path) -> Iterato
 
 
 def baseline(scratch: pathlib.Path, tests: str, cache: pathlib.Path) -> dict[str, float]:
-    """Return the seconds of each unmutated test with nothing compiled; fills the cache, and checks that mutants' runs pass."""
+    """Return the seconds of each unmutated test, nothing compiled; fill the cache and check that all pass in order."""
     sources = [scratch / tests, *sorted((scratch / "jdiff").rglob("*.py"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     held = cache / f"{pathlib.Path(tests).stem}.json"
