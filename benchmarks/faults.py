@@ -136,15 +136,15 @@ def mutants(path: str, source: str) -> dict[str, tuple[dict, Callable[[], str]]]
     """
     tree, found = ast.parse(source), {}
     for statement in tree.body:
-        text = ast.unparse(statement)
+        text, inside = ast.unparse(statement), getattr(statement, "name", "")
         signed = {id(node.operand) for node in ast.walk(statement) if isinstance(node, ast.UnaryOp)}
         for i, (operator, old, new) in enumerate(mutations(statement)):
             if id(old) in signed and isinstance(new, ast.UnaryOp):
                 continue  # - -1 is the minus sign dropped
             key = hashlib.sha256(f"{path}\n{text}\n{i}".encode()).hexdigest()[:12]
-            row = {"key": key, "file": path, "line": getattr(old, "lineno", statement.lineno), "operator": operator}
-            make = functools.partial(_mutated, tree, old, new)
-            found[key] = row | {"before": _head(old), "after": _head(new)}, make
+            row = {"key": key, "file": path, "line": getattr(old, "lineno", statement.lineno), "inside": inside}
+            row |= {"operator": operator, "before": _head(old), "after": _head(new)}
+            found[key] = row, functools.partial(_mutated, tree, old, new)
     return found
 
 
