@@ -88,9 +88,10 @@ class Reporter:
         part.replace(self.path)
 
     def pytest_configure(self, config):
-        """After conftest has set the cache: what a mutant compiles is not kept."""
-        if self.cached:
-            importlib.import_module("jax").config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+        """After conftest has set the cache: the unmutated programs are kept, small ones too, and no others."""
+        jax = importlib.import_module("jax")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9 if self.cached else 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
     def pytest_collection_modifyitems(self, items):
         """Those that name what is mutated first, then the fast ones."""
