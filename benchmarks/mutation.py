@@ -46,7 +46,8 @@ LIMIT = 60  # seconds of the processor
 FIXED, ADAPTIVE = "tests/test_solvers_fixed.py", "tests/test_solvers_adaptive.py"
 MIRRORS = {
     **{f"jdiff/{name}.py": f"tests/test_{name}.py" for name in ("processes", "predictions", "sde", "losses")},
-    **{f"jdiff/{name}.py": f"tests/test_{name}.py" for name in ("likelihood", "guidance", "training", "checkpoint")},
+    **{f"jdiff/{name}.py": f"tests/test_{name}.py" for name in ("likelihood", "guidance", "training")},
+    **{f"jdiff/checkpoint/{name}.py": "tests/test_checkpoint.py" for name in ("manager", "store", "_trees")},
     **{f"jdiff/times/{name}.py": "tests/test_times.py" for name in ("draws", "grids")},
     **{f"jdiff/solvers/{name}.py": FIXED for name in ("base", "corrector", "exponential", "multistep", "ode")},
     **{f"jdiff/solvers/{name}.py": FIXED for name in ("stochastic", "tableaus")},

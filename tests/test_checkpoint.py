@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jdiff import checkpoint, parallel, training
-from jdiff.checkpoint import _digests
+from jdiff.checkpoint import _digests, store
 
 KEY, WIDTH = jax.random.key(11), 2048  # arrays large enough to be files of their own
 META = {"config": {"rate": 1e-2, "widths": [4, 8]}, "versions": {"jax": "any"}}
@@ -361,7 +361,7 @@ def test_twenty_names_are_listed_and_the_rest_counted(original):
 
 
 def test_another_format_is_named_and_no_damage(original, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_FORMAT", 2)
+    monkeypatch.setattr(store, "_FORMAT", 2)
     with pytest.raises(ValueError, match="has format 1, this version of jdiff reads format 2"):
         restore(original[0], like())
 
@@ -375,16 +375,16 @@ def test_what_one_process_cannot_read_is_damage_in_all(tmp_path, monkeypatch):
         return np.array([fault, others])
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(checkpoint.multihost_utils, "process_allgather", process_allgather)
+    monkeypatch.setattr(store.multihost_utils, "process_allgather", process_allgather)
     manager = types.SimpleNamespace(directory=tmp_path, restore=lambda step, args: {"meta": "read"})
     (tmp_path / "3" / "meta").mkdir(parents=True)
     others = False
-    assert checkpoint._read(manager, 3, "meta", None) == "read"
+    assert store._read(manager, 3, "meta", None) == "read"
     with pytest.raises(checkpoint.DamagedCheckpointError, match="missing"):
-        checkpoint._read(manager, 3, "data", None)
+        store._read(manager, 3, "data", None)
     others = True
     with pytest.raises(checkpoint.DamagedCheckpointError, match=r"unreadable in processes \[1\]"):
-        checkpoint._read(manager, 3, "meta", None)
+        store._read(manager, 3, "meta", None)
     assert told == [False, True, False]
 
 

@@ -104,6 +104,8 @@ def test_weights_in_their_own_words(x64, name):
     np.testing.assert_allclose(losses.snr(process, t, "x0"), (alpha / sigma) ** 2, **close)
     np.testing.assert_allclose(losses.min_snr(2.0)(process, t, "x0"), np.minimum((alpha / sigma) ** 2, 2), **close)
     np.testing.assert_allclose(losses.min_snr(2.0)(process, t, "eps"), np.minimum(1, 2 * (sigma / alpha) ** 2), **close)
+    np.testing.assert_array_equal(losses.min_snr()(process, t, "x0"), losses.min_snr(5.0)(process, t, "x0"))
+    np.testing.assert_array_equal(losses.edm()(process, t, "x0"), losses.edm(0.5)(process, t, "x0"))
     s = sigma / alpha
     np.testing.assert_allclose(losses.edm(0.5)(process, t, "x0"), (s**2 + 0.25) / (0.5 * s) ** 2, **close)
 
