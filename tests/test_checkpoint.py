@@ -388,6 +388,30 @@ def test_what_one_process_cannot_read_is_damage_in_all(tmp_path, monkeypatch):
     assert told == [False, True, False]
 
 
+def test_processes_with_different_data_are_told(tmp_path, monkeypatch):
+    with checkpoint.open_manager(tmp_path) as manager, monkeypatch.context() as patched:
+        patched.setattr(jax, "process_count", lambda: 2)
+        patched.setattr(store.multihost_utils, "process_allgather", lambda digest: np.stack([digest, digest[::-1]]))
+        with pytest.raises(ValueError, match="data and meta must be the same in every process"):
+            checkpoint.save(manager, 1, {"data": {"position": 3}})
+
+
+@pytest.mark.parametrize(("text", "told"), [("No space\n  left", "No space left"), ("", "OSError")])
+def test_a_save_that_fails_is_told_with_its_reason(tmp_path, monkeypatch, text, told):
+    tree = {"params": jnp.zeros(1)}
+    with checkpoint.open_manager(tmp_path / "new") as manager:
+        assert (tmp_path / "new").is_dir()
+        with monkeypatch.context() as patched:
+
+            def save(*args, **kwargs):
+                raise OSError(text)
+
+            patched.setattr(checkpoint.Manager, "save", save)
+            with pytest.raises(checkpoint.SaveError, match=f"step 3 could not be written to .*new: {told}$"):
+                checkpoint.save(manager, 3, tree)
+        assert checkpoint.save(manager, 3, tree)
+
+
 def test_fields_of_meta_that_are_not_asked_for_are_not_compared(original):
     wanted = {"config": {"rate": 1e-2, "widths": (4, 8)}}  # a tuple is a list in JSON
     assert restore(original[0], {"meta": wanted})["meta"] == META

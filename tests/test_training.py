@@ -256,6 +256,7 @@ def test_bad_input_is_named(key, batch, loss, error, match):
     ("build", "match"),
     [
         (lambda: training.make_train_step(regression, optax.sgd(1.0), ema_decay=1.0), "ema_decay"),
+        (lambda: training.mean_gradient(regression, accumulate=0), "accumulate must be at least 1"),
         (lambda: training.learning_rate(0.0), "peak"),
         (lambda: training.learning_rate(1.0, warmup=-1), "warmup"),
         (lambda: training.learning_rate(1.0, warmup=5, total=5), "total"),
@@ -291,6 +292,14 @@ def test_weights_and_masks_are_shares_of_the_batch(problem):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), padded, plain)
 
 
+def test_parts_of_a_batch_add_up_to_it(problem):
+    params, batch = problem
+    batch = batch | {"weight": np.asarray([0.5, 3.0, 0.0, 1.0, 2.0, 7.0], np.float32)}
+    want = jax.jit(training.mean_gradient(regression))(params, 3, KEY, batch)
+    got = jax.jit(training.mean_gradient(regression, accumulate=3))(params, 3, KEY, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+
+
 def test_a_batch_in_which_nothing_counts_has_gradient_zero(problem):
     params, batch = problem
     grads, metrics = training.mean_gradient(regression)(params, 0, KEY, batch | {"mask": np.zeros(BATCH, bool)})
@@ -309,3 +318,9 @@ def test_wrong_weights_are_named(problem, entry, error, match):
     params, batch = problem
     with pytest.raises(error, match=match):
         jax.eval_shape(training.mean_gradient(regression), params, 0, KEY, batch | entry)
+
+
+def test_parts_of_unequal_size_are_refused(problem):
+    params, batch = problem
+    with pytest.raises(ValueError, match="6 does not divide into accumulate = 4"):
+        jax.eval_shape(training.mean_gradient(regression, accumulate=4), params, 0, KEY, batch)
