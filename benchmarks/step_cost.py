@@ -9,6 +9,7 @@ measured on the same device, for both dtypes, before the steps and after. Memory
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 
@@ -42,9 +43,9 @@ def main() -> None:
     flops, plain = _flops(options), None
     rows = []
     for dtype, remat, steps in variants:
-        step, memory, images = _step(options, dtype, remat, steps)
-        plain = plain or step
-        timed = common.ratio(step, plain, repeats=options.repeats)
+        call, memory, images, _ = step(options, dtype, remat, steps)
+        plain = plain or call
+        timed = common.ratio(call, plain, repeats=options.repeats)
         seconds = timed["ours_seconds"] / steps
         rows.append({
             "dtype": dtype,
@@ -103,11 +104,11 @@ def _flops(options):
     return float(jax.jit(step).lower(state, jax.random.key(0), batch).cost_analysis()["flops"])
 
 
-def _step(options, dtype, remat, steps):
-    """Return (a call that updates a state of its own, bytes by the compiler, images a step)."""
+def step(options: argparse.Namespace, dtype: str, remat: str, steps: int):
+    """Return (a call that updates a state of its own, bytes by the compiler, images a step, its compiled program)."""
     config, source, described, loss, tx = _prepare(options, dtype, remat)
     images, mesh, key = config.training.batch_size, parallel.data_mesh(), jax.random.key(1)
-    step = parallel.data_parallel(
+    mapped = parallel.data_parallel(
         loss,
         tx,
         mesh,
@@ -120,7 +121,7 @@ def _step(options, dtype, remat, steps):
     batch = parallel.shard_batch(batch, mesh, axis=int(steps > 1))
     params = model.initialise(config, described, jax.random.key(0))
     state = parallel.replicate(training.init_state(params, tx), mesh)
-    compiled = step.lower(state, key, batch).compile()
+    compiled = mapped.lower(state, key, batch).compile()
     analysis = compiled.memory_analysis()
     memory = {"temporary_bytes": analysis.temp_size_in_bytes, "argument_bytes": analysis.argument_size_in_bytes}
 
@@ -129,7 +130,7 @@ def _step(options, dtype, remat, steps):
         state, metrics = compiled(state, key, batch)
         return metrics
 
-    return call, memory, images
+    return call, memory, images, compiled.as_text()
 
 
 if __name__ == "__main__":

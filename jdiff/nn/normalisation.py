@@ -1,5 +1,7 @@
 """Group normalisation, with layer normalisation as its case of one group, and instance normalisation++."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -30,16 +32,28 @@ class GroupNorm(nn.Module):
         most = self.groups or max(min(channels // 4, 32), 1)
         groups = next(g for g in range(min(most, channels), 0, -1) if channels % g == 0)
         wide = at_least_float32(x)
-        grouped = wide.reshape(x.shape[0], -1, groups, channels // groups)
-        centred = grouped - grouped.mean(axis=(1, 3), keepdims=True)
-        variance = jnp.square(centred).mean(axis=(1, 3), keepdims=True)
-        out = (centred * jax.lax.rsqrt(variance + 1e-6)).reshape(x.shape)
+        over = tuple(range(1, x.ndim - 1))
+        member = jnp.repeat(jnp.eye(groups, dtype=wide.dtype), channels // groups, axis=0)
+        share = member / (math.prod(x.shape[1:]) // groups)
+
+        def of_group(values):
+            """Mean over each group, for each of its channels: sums over pixels first, then two small products."""
+            means = jnp.matmul(values.sum(axis=over), share, precision="highest")
+            means = jnp.matmul(means, member.T, precision="highest")
+            return means.reshape(x.shape[0], *(1,) * len(over), channels)
+
+        # The result does not depend on what is subtracted first, a constant to differentiation: this keeps digits, and
+        # the backward pass of an affine map of x costs a third of that of centred values (benchmarks.group_norm).
+        wide = wide - jax.lax.stop_gradient(of_group(wide))
+        mean = of_group(wide)
+        factor = jax.lax.rsqrt(of_group(jnp.square(wide)) - jnp.square(mean) + 1e-6)
+        shift = -mean * factor
         if self.affine:
-            ones = (1,) * (x.ndim - 1)
             scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
             bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
-            out = out * scale.astype(out.dtype).reshape(*ones, channels)
-            out = out + bias.astype(out.dtype).reshape(*ones, channels)
+            scale, bias = (p.astype(wide.dtype).reshape(*(1,) * (x.ndim - 1), channels) for p in (scale, bias))
+            factor, shift = factor * scale, shift * scale + bias
+        out = wide * factor + shift
         return out.astype(self.dtype or x.dtype)
 
 
