@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import functools
 import importlib.metadata
 import pathlib
 import re
@@ -57,6 +58,7 @@ def declared():
     return found
 
 
+@functools.cache
 def imported():
     """Top folder -> the packages that its files import, wherever in them, or ask for by name."""
     found = {}
