@@ -5,6 +5,7 @@ Sphinx, because it is maintained (November 2026: MkDocs has had no release since
 site asks the network for nothing.
 """
 
+import functools
 import importlib
 import inspect
 import pathlib
@@ -112,7 +113,7 @@ def page(name: str) -> str:
         elif home in with_page and home != name:
             links.append(f"* `{name}.{public} <{home}.{public}>`")
         else:
-            here[home].append(_directive(name, home, public, thing))
+            here[home].append(_directive(name, name if "._" in home else home, public, thing))
     text = [_heading(name, "="), f".. automodule:: {name}\n", "\n".join(links) + "\n", *here[name]]
     for file in files:
         if "._" in file:
@@ -139,7 +140,7 @@ def _directive(name, home, public, thing):
 
 
 # A code span, or a character that means something in reStructuredText and nothing in a docstring of jdiff.
-_MARKUP = re.compile(r"(``[^`]+``|`[^`]+`)|[*|\\]|_(?!\w)")
+_MARKUP = re.compile(r"(``[^`]+``|`[^`]+`)|(?<!\S)(\*[a-zA-Z]+\*)(?!\w)|[*|\\]|_(?!\w)")
 
 
 def markup(lines: list[str]) -> list[str]:
@@ -173,11 +174,25 @@ def markup(lines: list[str]) -> list[str]:
 
 
 def _replace(match):
-    span = match[1]
+    span, emphasis = match.groups()
     if span is None:
-        return "\\" + match[0]
+        return emphasis or "\\" + match[0]
     code = " ".join(span.strip("`").split())
-    return f"`{code}`" if re.fullmatch(r"[A-Za-z_][\w.]+", code) else f"``{code}``"
+    after = "\\ " if match.string[match.end() :][:1].isalnum() else ""  # the plural of a name
+    if code in _unique():
+        return f"`{code} <{_unique()[code]}>`{after}"
+    return (f"`{code}`" if re.fullmatch(r"[A-Za-z_][\w.]+", code) else f"``{code}``") + after
+
+
+@functools.cache
+def _unique():
+    """Public function or class -> its place in the reference, where only one has the name."""
+    places: dict[str, list[str]] = {}
+    for module in public_modules()[1:]:
+        for name in names(importlib.import_module(module)):
+            if callable(getattr(importlib.import_module(module), name)):
+                places.setdefault(name, []).append(f"{module}.{name}")
+    return {name: found[0] for name, found in places.items() if len(found) == 1}
 
 
 def _docstring(app, what, name, obj, options, lines):
@@ -200,6 +215,7 @@ def _skip(app, what, name, obj, skip, options):
 def _signature(app, what, name, obj, options, signature, returned):
     def short(text):
         text = re.sub(r", parent: .*?(, name: str \| None = None)?\)$", ")", text)  # of every Linen module
+        text = re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text)
         text = re.sub(r"<PjitFunction of <function (\w+)>>", r"\1", text)
         text = re.sub(r"~?(?:[A-Za-z_]\w*\.)+(\w+)", r"\1", text)
         text = text.replace("Literal['x0', 'eps', 'v', 'score', 'velocity']", "Kind")

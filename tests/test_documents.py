@@ -269,7 +269,15 @@ def test_every_public_module_has_a_page_and_docstrings_become_what_they_say():
         page = conf.page(name)
         for public in conf.names(importlib.import_module(name)):
             assert re.search(rf"\b{re.escape(name)}(\.\w+)?\.{public}\b", page), f"{name}.{public}"
-    text = ["Return a * b of `VP` and `x[0] +\n1`.", "", "    |x|_2 * y", "", "After x_, done."]
+    text = ["Return a * b of *all* `process`es and `x[0] +\n1`.", "", "    |x|_2 * y", "", "After x_, done."]
     lines = "\n".join(text).split("\n")
-    expected = [r"Return a \* b of `VP` and ``x[0] + 1``.", "", "::", "", "    |x|_2 * y", "", r"After x\_, done."]
+    expected = [
+        r"Return a \* b of *all* `process`\ es and ``x[0] + 1``.",
+        "",
+        "::",
+        "",
+        "    |x|_2 * y",
+        "",
+        r"After x\_, done.",
+    ]
     assert conf.markup(lines) == expected
