@@ -45,7 +45,7 @@ smoke: $(READY)
 	$(RUN) -m experiments.demo --smoke --workdir "$$folder" $(ARGS)
 
 clean:
-	rm -rf $(VENV) .jax_cache build dist *.egg-info
+	rm -rf $(VENV) .jax_cache build dist docs/reference *.egg-info
 
 $(READY): setup.cfg pyproject.toml
 	@test -x $(RUN) || test -n "$(PYTHON)" || { \
