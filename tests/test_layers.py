@@ -94,8 +94,10 @@ def violations(source: str, path: str) -> list[str]:
         if top != "jdiff":
             if top == "configs" and head in {"jdiff", "experiments"}:
                 found.append(f"{where}: a configuration is data")
+            if top == "examples" and head in {"experiments", "configs", "benchmarks", "tests"}:
+                found.append(f"{where}: examples use the library alone")
             continue
-        if head in {"experiments", "configs", "benchmarks", "tests"}:
+        if head in {"experiments", "configs", "examples", "benchmarks", "tests"}:
             found.append(f"{where}: jdiff knows nothing of what is built on it")
         elif head == "jdiff" and room != "__init__":
             target = rest[0] if rest else "__init__"
@@ -122,7 +124,9 @@ def violations(source: str, path: str) -> list[str]:
 
 
 def sources():
-    return sorted(path for top in ("jdiff", "configs", "experiments") for path in (ROOT / top).rglob("*.py"))
+    return sorted(
+        path for top in ("jdiff", "configs", "experiments", "examples") for path in (ROOT / top).rglob("*.py")
+    )
 
 
 def test_the_repository_keeps_the_rules():
@@ -172,6 +176,8 @@ def test_every_room_of_the_plan_is_reached_from_below():
         ("jdiff/importers/x.py", "import pickle", "imports pickle"),
         ("jdiff/importers/x.py", "np.load(f, allow_pickle=True)", "unpickles"),
         ("configs/digits.py", "from experiments import build", "a configuration is data"),
+        ("jdiff/sde.py", "from examples import render", "knows nothing"),
+        ("examples/minimal.py", "from experiments import build", "the library alone"),
     ],
 )
 def test_a_planted_violation_is_found(path, source, match):
