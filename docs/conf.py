@@ -72,8 +72,6 @@ def navigation() -> str:
     """Return the tables of contents that README.md has on the site only."""
     trees = []
     for caption, pages in NAVIGATION.items():
-        if caption == "Tutorials" and not (ROOT / "docs" / "tutorials").exists():
-            continue
         entries = "\n".join(f"docs/{page}" for page in pages)
         trees.append(f"```{{toctree}}\n:hidden:\n:glob:\n:caption: {caption}\n\n{entries}\n```\n")
     trees.append("```{toctree}\n:hidden:\n:caption: The project\n\nCONTRIBUTING\nCHANGELOG\n```\n")

@@ -89,8 +89,6 @@ def test_what_is_imported_is_declared():
 def test_what_is_declared_is_used():
     used = set().union(*imported().values())
     for package, (_, _, reason) in rows().items():
-        if package == "equinox" and not (ROOT / "examples").exists():
-            continue
         assert (IMPORTED_AS.get(package, package) in used) != reason.startswith("not imported"), package
 
 
