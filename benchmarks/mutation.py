@@ -78,9 +78,13 @@ def sample(paths: list[str], count: int, seed: int) -> tuple[list[dict], dict[st
 class Reporter:
     """What a child tells its parent, as a plugin of pytest: the test that runs, what failed, how long each took."""
 
-    def __init__(self, path, order, cached, name):
-        self.path, self.order, self.cached, self.name = path, order, cached, name
+    def __init__(self, path, order, name, fill):
+        self.path, self.order, self.name, self.fill = path, order, name, fill
         self.state = {"test": None, "since": time.process_time(), "failure": None, "durations": {}}
+
+    def pytest_sessionstart(self, session):
+        """Keep the session, to stop it."""
+        self.session = session
 
     def _write(self):
         text = json.dumps(self.state)
@@ -91,13 +95,13 @@ class Reporter:
     def pytest_configure(self, config):
         """After conftest has set the cache: the unmutated programs are kept, small ones too, and no others."""
         jax = importlib.import_module("jax")
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9 if self.cached else 0)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0 if self.fill else 1e9)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
     def pytest_collection_modifyitems(self, items):
         """Those that name what is mutated first, then the fast ones."""
         names = lambda item: self.name in inspect.getsource(item.function)
-        items.sort(key=lambda item: (not names(item), self.order.get(item.nodeid, 0)))
+        items.sort(key=lambda item: (not names(item), self.order.get(item.nodeid, 1e9)))
         modules = [name for name in sys.modules if name.startswith("jdiff")]
         foreign = [name for name in modules if not str(sys.modules[name].__file__).startswith(os.getcwd())]
         assert modules and not foreign, f"not the scratch copy: {foreign}"
@@ -112,6 +116,11 @@ class Reporter:
         durations = self.state["durations"]
         durations[report.nodeid] = durations.get(report.nodeid, 0) + report.duration
         self._failed(report, "test")
+
+    def pytest_runtest_logfinish(self):
+        """A run that only fills the cache ends after a while: a mutant gets no further in its minute."""
+        if self.fill and time.process_time() > self.fill:
+            self.session.shouldstop = "filled"
 
     def pytest_collectreport(self, report):
         """A file that cannot be imported."""
@@ -134,10 +143,11 @@ class Reporter:
             self._write()
 
 
-def run_tests(
-    scratch: pathlib.Path, tests: str, order: dict, *, limit: int | None, cached: bool = True, name: str = ""
-) -> dict:
-    """Run one file of tests in a forked child; return how it ended and after how many seconds of the processor."""
+def run_tests(scratch: pathlib.Path, tests: str, order: dict, *, limit: int, name: str = "", fill: int = 0) -> dict:
+    """Run one file of tests in a forked child; return how it ended and after how many seconds of the processor.
+
+    name: what the tests that run first should name; fill: keep what is compiled, and stop after so many seconds.
+    """
     state, start = scratch / "child.json", time.time()
     state.unlink(missing_ok=True)
     sys.stdout.flush()
@@ -147,19 +157,16 @@ def run_tests(
             os.setsid()
             output = os.open(scratch / "child.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1), os.dup2(output, 2)
-            if limit is not None:
-                resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))  # then SIGXCPU ends it
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))  # then SIGXCPU ends it
             arguments = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow", "--tb=short", tests]
-            code = int(
-                importlib.import_module("pytest").main(arguments, plugins=[Reporter(state, order, cached, name)])
-            )
+            code = int(importlib.import_module("pytest").main(arguments, plugins=[Reporter(state, order, name, fill)]))
         except BaseException:
             traceback.print_exc()
             code = 99
         sys.stderr.flush()
         os._exit(code)
     ended, status, usage = os.wait4(child, os.WNOHANG)
-    while not ended and (limit is None or time.time() - start < 10 * limit):
+    while not ended and time.time() - start < 10 * limit:
         time.sleep(0.02)
         ended, status, usage = os.wait4(child, os.WNOHANG)
     with contextlib.suppress(ProcessLookupError):
@@ -177,7 +184,7 @@ def run_tests(
         return {**result, **how, "test": told["test"]}
     if os.WIFSIGNALED(status):
         return {**result, "how": f"signal {os.WTERMSIG(status)}", "test": told["test"]}
-    if os.WEXITSTATUS(status) == 0:
+    if os.WEXITSTATUS(status) == 0 or (fill and told["failure"] is None and told["durations"]):
         return {**result, "outcome": "survived", "how": "passed"}
     return {**result, **(told["failure"] or {"how": "import", "message": f"exit status {os.WEXITSTATUS(status)}"})}
 
@@ -240,16 +247,16 @@ def run(todo: list[dict], scratch: pathlib.Path, cache: pathlib.Path) -> Iterato
 
 
 def baseline(scratch: pathlib.Path, tests: str, cache: pathlib.Path) -> dict[str, float]:
-    """Return the seconds of each unmutated test, nothing compiled; fill the cache and check that all pass in order."""
+    """Return the seconds of each unmutated test, nothing compiled; fill the cache and check that they pass in order."""
     sources = [scratch / tests, *sorted((scratch / "jdiff").rglob("*.py"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     held = cache / f"{pathlib.Path(tests).stem}.json"
     before = json.loads(held.read_text()) if held.exists() else {"digest": None, "durations": {}}
     if before["digest"] == digest:
         return before["durations"]
-    first = run_tests(scratch, tests, {}, limit=None, cached=False)
+    first = run_tests(scratch, tests, before["durations"], limit=20 * LIMIT, fill=2 * LIMIT)
     durations = {name: max(value, before["durations"].get(name, 0)) for name, value in first["durations"].items()}
-    again = run_tests(scratch, tests, durations, limit=LIMIT)
+    again = run_tests(scratch, tests, durations, limit=2 * LIMIT, fill=LIMIT)
     if (first["outcome"], again["outcome"]) != ("survived", "survived"):
         raise RuntimeError(f"{tests} fails unmutated:\n{(scratch / 'child.log').read_text()[-4000:]}")
     cache.mkdir(exist_ok=True)
