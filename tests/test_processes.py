@@ -181,6 +181,12 @@ def test_rates_are_the_derivatives(x64, process):
     np.testing.assert_allclose(processes.log_snr(process, t), np.log(got[0] ** 2 / got[1] ** 2), rtol=1e-13, atol=1e-13)
 
 
+def test_the_rate_where_the_two_formulas_meet():
+    """At B = 1 the derivative is that of one of them, not of min(B, 1), which is half of it."""
+    got = processes.rates(jdiff.VP(1.0, 1.0), 1.0)
+    np.testing.assert_allclose(got.dsigma, np.exp(-1) / 2 / np.sqrt(1 - np.exp(-1)), rtol=1e-6)
+
+
 @pytest.mark.parametrize("process", [*BUILT_IN, Plain(), Bent(0.7)])
 def test_time_at_inverts_log_snr(process):
     there_and_back = jax.jit(lambda t: processes.time_at(process, processes.log_snr(process, t)))

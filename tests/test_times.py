@@ -189,6 +189,17 @@ def test_a_uniform_share_bounds_the_weights():
     np.testing.assert_allclose(far, 0.25 * (most - 13.6) / (most - least), atol=2 / TOTAL)
 
 
+def test_a_mixture_of_draws_has_a_derivative():
+    """The branch that is not taken has no quantile that would make it NaN."""
+
+    def total(mean):
+        t, _ = times.log_normal(jax.random.key(5), jdiff.EDM(), jnp.arange(8), 8, mean=mean, uniform=0.4)
+        return jnp.sum(jnp.log(t))
+
+    # log t moves with the mean in those draws that are normal, five of eight here (but for the ends of time).
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(0.5), 5.0, rtol=1e-2)
+
+
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize("draw", [name for name in DRAWS if name not in ("uniform", "logit_normal")])
 def test_weighted_draws_estimate_the_uniform_mean(x64, name, draw):
@@ -301,6 +312,7 @@ def test_bad_input_to_grids():
         (lambda: times.subsequence(vp, 11, total=10), "1 to 10"),
         (lambda: times.subsequence(vp, 4, spacing="even"), "'linspace', 'leading' or 'trailing'"),
         (lambda: times.subsequence(vp, 4, t_min=0.5), "not below the last time"),
+        (lambda: times.subsequence(vp, 4, t_min=0.001), "not below the last time"),
     ):
         with pytest.raises(ValueError, match=match):
             make()
