@@ -100,7 +100,7 @@ class Reporter:
 
     def pytest_collection_modifyitems(self, items):
         """Those that name what is mutated first, then the fast ones."""
-        names = lambda item: self.name in inspect.getsource(item.function)
+        names = lambda item: self.name in item.nodeid or self.name in inspect.getsource(item.function)
         items.sort(key=lambda item: (not names(item), self.order.get(item.nodeid, 1e9)))
         modules = [name for name in sys.modules if name.startswith("jdiff")]
         foreign = [name for name in modules if not str(sys.modules[name].__file__).startswith(os.getcwd())]
@@ -195,6 +195,7 @@ def main() -> None:
     parser.add_argument("--module", action="append", choices=sorted(MIRRORS), help="of all of them")
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, default=LIMIT, help="seconds of the processor for a mutant")
     parser.add_argument("--again", nargs="*", metavar="KEY", help="run these again; without keys, all survivors")
     parser.add_argument("--out", default="benchmarks/out")
     options = parser.parse_args()
@@ -209,7 +210,7 @@ def main() -> None:
         todo = [mutant for mutant in drawn if mutant["key"] in again]
     if todo:
         with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
-            for row in run(todo, pathlib.Path(folder).resolve(), out / "mutation_cache"):
+            for row in run(todo, pathlib.Path(folder).resolve(), out / "mutation_cache", options.limit):
                 done[row["key"]] = row
                 with lines.open("a") as file:
                     file.write(json.dumps(row) + "\n")
@@ -219,7 +220,7 @@ def main() -> None:
     report(rows, sites, options, out)
 
 
-def run(todo: list[dict], scratch: pathlib.Path, cache: pathlib.Path) -> Iterator[dict]:
+def run(todo: list[dict], scratch: pathlib.Path, cache: pathlib.Path, limit: int) -> Iterator[dict]:
     """Run mutants in a scratch copy of the checkout; yield one row each."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     files = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
@@ -241,7 +242,7 @@ def run(todo: list[dict], scratch: pathlib.Path, cache: pathlib.Path) -> Iterato
         original = path.read_bytes()
         path.write_text(mutants(mutant["file"], original.decode())[mutant["key"]][1]())
         os.utime(path, (number, number))  # another time than any before: no compiled file of Python's fits
-        result = run_tests(scratch, tests, orders[tests], limit=LIMIT, name=mutant["inside"])
+        result = run_tests(scratch, tests, orders[tests], limit=limit, name=mutant["inside"])
         path.write_bytes(original)
         yield mutant | {name: value for name, value in result.items() if name != "durations"}
 

@@ -64,7 +64,7 @@ NAVIGATION = {
         "add-an-experiment",
     ],
     "Reference": ["reference/index"],
-    "What holds": ["results", "scaling", "architecture", "decisions", "dependencies"],
+    "What holds": ["results", "scaling", "mutation", "architecture", "decisions", "dependencies"],
 }
 
 
