@@ -238,7 +238,7 @@ def run(todo: list[dict], scratch: pathlib.Path, cache: pathlib.Path, limit: int
     for number, mutant in enumerate(todo):
         path, tests = scratch / mutant["file"], MIRRORS[mutant["file"]]
         if tests not in orders:
-            orders[tests] = baseline(scratch, tests, cache)
+            orders[tests] = baseline(scratch, tests, cache, limit)
         original = path.read_bytes()
         path.write_text(mutants(mutant["file"], original.decode())[mutant["key"]][1]())
         os.utime(path, (number, number))  # another time than any before: no compiled file of Python's fits
@@ -247,7 +247,7 @@ def run(todo: list[dict], scratch: pathlib.Path, cache: pathlib.Path, limit: int
         yield mutant | {name: value for name, value in result.items() if name != "durations"}
 
 
-def baseline(scratch: pathlib.Path, tests: str, cache: pathlib.Path) -> dict[str, float]:
+def baseline(scratch: pathlib.Path, tests: str, cache: pathlib.Path, limit: int) -> dict[str, float]:
     """Return the seconds of each unmutated test, nothing compiled; fill the cache and check that they pass in order."""
     sources = [scratch / tests, *sorted((scratch / "jdiff").rglob("*.py"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
@@ -255,9 +255,9 @@ def baseline(scratch: pathlib.Path, tests: str, cache: pathlib.Path) -> dict[str
     before = json.loads(held.read_text()) if held.exists() else {"digest": None, "durations": {}}
     if before["digest"] == digest:
         return before["durations"]
-    first = run_tests(scratch, tests, before["durations"], limit=20 * LIMIT, fill=2 * LIMIT)
+    first = run_tests(scratch, tests, before["durations"], limit=20 * limit, fill=2 * limit)
     durations = {name: max(value, before["durations"].get(name, 0)) for name, value in first["durations"].items()}
-    again = run_tests(scratch, tests, durations, limit=2 * LIMIT, fill=LIMIT)
+    again = run_tests(scratch, tests, durations, limit=2 * limit, fill=limit)
     if (first["outcome"], again["outcome"]) != ("survived", "survived"):
         raise RuntimeError(f"{tests} fails unmutated:\n{(scratch / 'child.log').read_text()[-4000:]}")
     cache.mkdir(exist_ok=True)
