@@ -135,8 +135,9 @@ def mutants(path: str, source: str) -> dict[str, tuple[dict, Callable[[], str]]]
     The key is made of the top-level statement and what is changed in it, so that it outlives changes elsewhere.
     """
     tree, found = ast.parse(source), {}
+    uses = {node.name: {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} for node in tree.body if _named(node)}
     for statement in tree.body:
-        text, inside = ast.unparse(statement), getattr(statement, "name", "")
+        text, inside = ast.unparse(statement), _reached(uses, statement.name if _named(statement) else "")
         signed = {id(node.operand) for node in ast.walk(statement) if isinstance(node, ast.UnaryOp)}
         for i, (operator, old, new) in enumerate(mutations(statement)):
             if id(old) in signed and isinstance(new, ast.UnaryOp):
@@ -146,6 +147,18 @@ def mutants(path: str, source: str) -> dict[str, tuple[dict, Callable[[], str]]]
             row |= {"operator": operator, "before": _head(old), "after": _head(new)}
             found[key] = row, functools.partial(_mutated, tree, old, new)
     return found
+
+
+def _named(node):
+    return isinstance(node, (ast.FunctionDef, ast.ClassDef))
+
+
+def _reached(uses, name):
+    """The public names of a module through which tests reach a function of it."""
+    found = {name}
+    for _ in uses:
+        found |= {user for user, used in uses.items() if used & found}
+    return sorted(public for public in found if not public.startswith("_")) if name.startswith("_") else [name]
 
 
 def _mutated(tree, old, new):

@@ -37,7 +37,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from benchmarks.faults import mutants
 
@@ -78,8 +78,8 @@ def sample(paths: list[str], count: int, seed: int) -> tuple[list[dict], dict[st
 class Reporter:
     """What a child tells its parent, as a plugin of pytest: the test that runs, what failed, how long each took."""
 
-    def __init__(self, path, order, name, fill):
-        self.path, self.order, self.name, self.fill = path, order, name, fill
+    def __init__(self, path, order, names, fill):
+        self.path, self.order, self.names, self.fill = path, order, names, fill
         self.state = {"test": None, "since": time.process_time(), "failure": None, "durations": {}}
 
     def pytest_sessionstart(self, session):
@@ -100,7 +100,8 @@ class Reporter:
 
     def pytest_collection_modifyitems(self, items):
         """Those that name what is mutated first, then the fast ones."""
-        names = lambda item: self.name in item.nodeid or self.name in inspect.getsource(item.function)
+        text = lambda item: item.nodeid + inspect.getsource(item.function)
+        names = lambda item: any(name in text(item) for name in self.names)
         items.sort(key=lambda item: (not names(item), self.order.get(item.nodeid, 1e9)))
         modules = [name for name in sys.modules if name.startswith("jdiff")]
         foreign = [name for name in modules if not str(sys.modules[name].__file__).startswith(os.getcwd())]
@@ -143,10 +144,12 @@ class Reporter:
             self._write()
 
 
-def run_tests(scratch: pathlib.Path, tests: str, order: dict, *, limit: int, name: str = "", fill: int = 0) -> dict:
+def run_tests(
+    scratch: pathlib.Path, tests: str, order: dict, *, limit: int, names: Sequence[str] = (), fill: int = 0
+) -> dict:
     """Run one file of tests in a forked child; return how it ended and after how many seconds of the processor.
 
-    name: what the tests that run first should name; fill: keep what is compiled, and stop after so many seconds.
+    names: tests with one of these in them run first; fill: keep what is compiled, and stop after so many seconds.
     """
     state, start = scratch / "child.json", time.time()
     state.unlink(missing_ok=True)
@@ -159,7 +162,7 @@ def run_tests(scratch: pathlib.Path, tests: str, order: dict, *, limit: int, nam
             os.dup2(output, 1), os.dup2(output, 2)
             resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))  # then SIGXCPU ends it
             arguments = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow", "--tb=short", tests]
-            code = int(importlib.import_module("pytest").main(arguments, plugins=[Reporter(state, order, name, fill)]))
+            code = int(importlib.import_module("pytest").main(arguments, plugins=[Reporter(state, order, names, fill)]))
         except BaseException:
             traceback.print_exc()
             code = 99
@@ -242,7 +245,7 @@ def run(todo: list[dict], scratch: pathlib.Path, cache: pathlib.Path, limit: int
         original = path.read_bytes()
         path.write_text(mutants(mutant["file"], original.decode())[mutant["key"]][1]())
         os.utime(path, (number, number))  # another time than any before: no compiled file of Python's fits
-        result = run_tests(scratch, tests, orders[tests], limit=limit, name=mutant["inside"])
+        result = run_tests(scratch, tests, orders[tests], limit=limit, names=mutant["inside"])
         path.write_bytes(original)
         yield mutant | {name: value for name, value in result.items() if name != "durations"}
 

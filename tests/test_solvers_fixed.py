@@ -12,7 +12,7 @@ from test_convergence import DETERMINISTIC, PROCESSES, STOCHASTIC
 
 from jdiff import analytic, predictions, processes, sde, solvers
 from jdiff._array import fold_in, normal_like
-from jdiff.solvers import tableaus
+from jdiff.solvers import exponential, tableaus
 
 PROCESSES = {name: make() for name, make in PROCESSES.items()}
 every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
@@ -332,6 +332,14 @@ UNEVEN = [-2.0, -1.3, -0.9, 0.1, 0.5, 1.4]
 
 def lagrange(nodes, j, u):
     return np.prod([(u - node) / (nodes[j] - node) for i, node in enumerate(nodes) if i != j])
+
+
+def test_the_second_exponential_integral_of_short_steps():
+    """(e^h - 1)/h - 1 in float32, on both sides of where the series ends."""
+    h = np.float32([-2.0, -0.011, -0.009, -1e-4, 0.0, 1e-6, 0.009, 0.011, 0.5])
+    wide = np.where(h == 0, 1, h.astype(np.float64))
+    want = np.where(h == 0, 0, np.where(np.abs(wide) < 1e-3, wide / 2 + wide**2 / 6, np.expm1(wide) / wide - 1))
+    np.testing.assert_allclose(exponential._expm1_over(jnp.asarray(h)), want, rtol=1e-5, atol=5e-7)
 
 
 @pytest.mark.parametrize("process", [PROCESSES[name] for name in ("VP", "EDM", "Rectified")], ids=str)
