@@ -698,6 +698,9 @@ def test_the_orders_that_solvers_tell():
         order = int(rest[0]) if rest[:1].isdigit() else known.get(factory, 2)
         want = order + 1 if factory == "unipc" else 2 if name == "dpmpp_3m, eta = 1" else order
         assert solver.order == want, name
+    # Unsaid, they have these; unipc's corrector adds one to its predictor's two.
+    unsaid = {solvers.dpm_solver: 2, solvers.exponential_adams: 3, solvers.deis: 3, solvers.unipc: 3}
+    assert {factory: factory(PROCESSES["VP"], denoise).order for factory in unsaid} == unsaid
 
 
 @every_name
