@@ -13,7 +13,7 @@ READY := $(VENV)/.jdiff-installed
 help:
 	@echo "make demo        train on the 8x8 digits, bits/dim, samples and runs/digits/report.html (minutes, no GPU)"
 	@echo "make test        the fast tests            make test-slow   the slow ones"
-	@echo "make lint        ruff                      make smoke       the demo in seconds, in a temporary folder"
+	@echo "make lint        ruff and mypy             make smoke       the demo in seconds, in a temporary folder"
 	@echo "make docs        the site, build/site      make setup       only the environment"
 	@echo "make clean       remove all of it"
 
@@ -31,6 +31,7 @@ test-slow: $(READY)
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .

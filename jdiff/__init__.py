@@ -1,7 +1,8 @@
 """jdiff: functional diffusion models in JAX.
 
 A forward process is two functions of time, a network is any callable, a solver is a pure step. `jdiff.nn`,
-`jdiff.data`, `jdiff.checkpoint`, `jdiff.parallel` and `jdiff.importers` are imported by name when they are needed.
+`jdiff.data`, `jdiff.training`, `jdiff.coupling`, `jdiff.checkpoint`, `jdiff.parallel` and `jdiff.importers` need more
+than JAX, and are imported by name.
 """
 
 from jdiff import (

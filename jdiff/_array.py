@@ -5,7 +5,9 @@ Every array has a leading batch axis. Times and coefficients are scalars or (bat
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ def first_leaf(x: PyTree) -> Array:
     """Return the first leaf of a state; its batch size and dtype speak for the whole tree."""
     leaves = jax.tree.leaves(x)
     if not leaves:
-        raise ValueError("the state has no arrays in it")
+        raise ValueError("x, the state, has no arrays in it")
     return leaves[0]
 
 
@@ -27,16 +29,19 @@ def check_state(x: PyTree, name: str = "x") -> int:
 
     Raises:
       TypeError: a leaf is not a floating-point array.
-      ValueError: a leaf has no batch axis, or the leaves disagree about its size.
+      ValueError: a leaf has no batch axis or no entries, or the leaves disagree about the size of the batch.
     """
     sizes = set()
     for leaf in jax.tree.leaves(x):
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"{name} must be floating point, got dtype {dtype}; transform the data first")
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            got = type(leaf).__name__ if dtype is None else f"dtype {dtype}"
+            raise TypeError(f"{name} must be floating point, got {got}; transform the data first")
         if jnp.ndim(leaf) < 1:
             raise ValueError(f"{name} needs a leading batch axis, got a scalar")
-        sizes.add(jnp.shape(leaf)[0])
+        if 0 in (shape := jnp.shape(leaf))[1:]:
+            raise ValueError(f"{name} must have entries in each example, got shape {shape}")
+        sizes.add(shape[0])
     if len(sizes) != 1:
         raise ValueError(f"{name} must have one batch size in all its arrays, got {sorted(sizes)}")
     return sizes.pop()
@@ -49,19 +54,94 @@ def check_array(x: Array, name: str = "x") -> int:
     return check_state(x, name)
 
 
-def batch_time(t: Array | float, x: PyTree) -> Array:
+def check_like(value: Array, x: Array, name: str, of: str = "x") -> None:
+    """Raise unless a value is a floating-point array of the shape of x: one that only broadcasts would be wrong.
+
+    Raises:
+      TypeError: it is not a floating-point array.
+      ValueError: it has another shape.
+    """
+    check_array(value, name)
+    if value.shape != x.shape:
+        raise ValueError(f"{name} must have the shape of {of}, {x.shape}; got {value.shape}")
+
+
+def check_per_example(value: Array, batch: int, name: str) -> Array:
+    """Return what a function gave for a batch; raise ValueError unless it is one number per example."""
+    if getattr(value, "shape", None) != (batch,):
+        got = getattr(value, "shape", type(value).__name__)
+        raise ValueError(f"{name} must give one number per example, shape {(batch,)}, got {got}")
+    return value
+
+
+def check_count(value: int, name: str, least: int = 1) -> None:
+    """Raise TypeError unless value is an integer, ValueError where it is below the least."""
+    if not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_positive(value: Array | float, name: str) -> None:
+    """Raise ValueError unless a number, where its value is known, is positive and finite."""
+    if is_concrete(value) and not 0 < float(value) < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def check_shape(shape: tuple[int, ...], least: int = 0) -> None:
+    """Raise ValueError unless shape is (batch, *event) of integers, batch at least the least and the others 1."""
+    sizes = isinstance(shape, tuple | list) and all(isinstance(n, int | np.integer) for n in shape)
+    if not sizes or len(shape) < 1 or shape[0] < least or any(n < 1 for n in shape[1:]):
+        raise ValueError(f"shape must be (batch, *event) with batch >= {least} and sizes >= 1, got {shape!r}")
+
+
+def check_real(value: Array | float, name: str) -> None:
+    """Raise TypeError unless value is a real number or an array of such."""
+    dtype = getattr(value, "dtype", None)
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (real or (dtype is not None and any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)))):
+        raise TypeError(f"{name} must be a real number or an array of such, got {dtype or type(value).__name__}")
+
+
+def as_floating(t: Array | float, name: str = "t") -> Array:
+    """Return times of any shape as a floating-point array.
+
+    Raises:
+      TypeError: t is not real.
+    """
+    check_real(t, name)
+    t = jnp.asarray(t)
+    return t if jnp.issubdtype(t.dtype, jnp.floating) else t.astype(jnp.float32)
+
+
+def scalars(value: Array | float, x: PyTree, name: str) -> Array | float:
+    """Return a number as it is, and an array, one number or one per example, in `coefficient_dtype(x)`.
+
+    Raises:
+      ValueError: it is neither a scalar nor of shape (batch,): it would broadcast in silence.
+      TypeError: it is not real.
+    """
+    check_real(value, name)
+    if not hasattr(value, "dtype"):
+        return value
+    batch = first_leaf(x).shape[:1]
+    if jnp.shape(value) not in ((), batch):
+        raise ValueError(f"{name} must be a scalar or have shape {batch} (the batch of x), got {jnp.shape(value)}")
+    return jnp.asarray(value).astype(coefficient_dtype(x))
+
+
+def batch_time(t: Array | float, x: PyTree, name: str = "t") -> Array:
     """Return t as a (batch,) array, in `coefficient_dtype(x)`.
 
     Raises:
-      ValueError: t is neither a scalar nor of shape (batch,).
-      TypeError: t is not real.
+      ValueError: t is neither a scalar nor of shape (batch,), or x is no state.
+      TypeError: t is not real, or x not floating point.
     """
-    leaf = first_leaf(x)
-    if not (jnp.issubdtype(jnp.result_type(t), jnp.floating) or isinstance(t, int)):
-        raise TypeError(f"t must be floating point, got dtype {jnp.result_type(t)}")
-    if jnp.shape(t) not in ((), leaf.shape[:1]):
-        raise ValueError(f"t must be a scalar or have shape {leaf.shape[:1]} (the batch of x), got {jnp.shape(t)}")
-    return jnp.broadcast_to(jnp.asarray(t).astype(coefficient_dtype(x)), leaf.shape[:1])
+    check_state(x)
+    check_real(t, name)
+    if not (isinstance(t, int) or jnp.issubdtype(getattr(t, "dtype", type(t)), jnp.floating)):
+        raise TypeError(f"{name} must be floating point, got dtype {jnp.result_type(t)}")
+    return jnp.broadcast_to(jnp.asarray(scalars(t, x, name), coefficient_dtype(x)), first_leaf(x).shape[:1])
 
 
 def coefficient_dtype(x: PyTree) -> jnp.dtype:
@@ -70,19 +150,26 @@ def coefficient_dtype(x: PyTree) -> jnp.dtype:
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
-def full_like_batch(x: PyTree, value: float) -> Array:
+def full_like_batch(x: PyTree, value: Array | float) -> Array:
     """Return a (batch,) array of one value in `coefficient_dtype(x)`, varying over devices as x does."""
     leaf = first_leaf(x)
-    zeros = jnp.zeros_like(leaf.reshape(leaf.shape[0], -1)[:, 0], coefficient_dtype(x))
+    zeros = jnp.zeros_like(flat(leaf)[:, 0], coefficient_dtype(x))
     return zeros + jnp.asarray(value, zeros.dtype)
 
 
-def expand(c: Array, x: Array) -> Array:
+def expand(c: Array | float, x: Array) -> Array:
     """Reshape a scalar or (batch,) coefficient to broadcast against x of shape (batch, *event), in x's dtype."""
     c = jnp.asarray(c)
     if c.ndim == 0:
         return c.astype(x.dtype)
+    if c.shape != x.shape[:1]:
+        raise ValueError(f"a coefficient must be a scalar or have shape {x.shape[:1]}, one per example; got {c.shape}")
     return c.astype(x.dtype).reshape(c.shape + (1,) * (x.ndim - c.ndim))
+
+
+def flat(x: Array) -> Array:
+    """Return x as (batch, entries), also where the batch is empty."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 def lincomb(*terms: tuple[Array | float, PyTree]) -> PyTree:
@@ -94,6 +181,11 @@ def lincomb(*terms: tuple[Array | float, PyTree]) -> PyTree:
         return sum(products[1:], start=products[0])
 
     return jax.tree.map(leaf, *states)
+
+
+def zero_like_batch(x: PyTree, dtype: jnp.dtype) -> Array:
+    """Return (batch,) zeros that vary over devices as any of the leaves does: carries of a loop begin with them."""
+    return functools.reduce(operator.add, (full_like_batch(leaf, 0).astype(dtype) for leaf in jax.tree.leaves(x)))
 
 
 def add_zero(x: PyTree, zero: Array) -> PyTree:
@@ -134,23 +226,24 @@ def event_size(x: PyTree) -> int:
     return sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(x))
 
 
-def check_key(key: Key) -> None:
-    """Raise TypeError unless key is a typed threefry key (jax.random.key)."""
+def check_key(key: Key | None) -> Key:
+    """Return the key; raise TypeError unless it is a typed threefry key (jax.random.key)."""
     if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         got = getattr(key, "dtype", type(key).__name__)
         raise TypeError(f"key must be a typed key made by jax.random.key, got {got}")
     if key.dtype != _THREEFRY:
         raise TypeError(f"key must be a threefry key (the same on every device and batch size), got {key.dtype}")
+    return key
 
 
-def example_keys(key: Key, batch: int) -> Key:
+def example_keys(key: Key | None, batch: int) -> Key:
     """Return one key per example, shape (batch,): a single key is split once, per-example keys pass through.
 
     Raises:
       TypeError: key is not a typed threefry key.
       ValueError: key has another shape than () or (batch,).
     """
-    check_key(key)
+    key = check_key(key)
     if key.shape == ():
         return jax.random.split(key, batch)
     if key.shape != (batch,):
@@ -173,7 +266,7 @@ def rademacher_like(keys: Key, x: PyTree) -> PyTree:
     return _draw_like(jax.random.rademacher, keys, x)
 
 
-def is_concrete(x) -> bool:
+def is_concrete(x: object) -> bool:
     """Tell whether x has values that can be looked at now (it is not a tracer)."""
     return not isinstance(x, jax.core.Tracer)
 
@@ -185,15 +278,17 @@ def check_grid(ts: Array, *, decreasing: bool | None = None) -> None:
       ValueError: another rank or length, not monotone, not finite, or running in the wrong direction.
       TypeError: ts is not floating point.
     """
-    if not jnp.issubdtype(jnp.result_type(ts), jnp.floating):
-        raise TypeError(f"ts must be floating point, got dtype {jnp.result_type(ts)}")
+    dtype = getattr(ts, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"ts must be an array of floating point, got {type(ts).__name__} of dtype {dtype}")
     if jnp.ndim(ts) != 1 or jnp.shape(ts)[0] < 2:
         raise ValueError(f"ts must be a vector of at least two times, got shape {jnp.shape(ts)}")
     if not is_concrete(ts):
         return
     values = np.asarray(ts)
-    steps = np.diff(values)
-    if not np.all(np.isfinite(values)) or not (np.all(steps > 0) or np.all(steps < 0)):
+    finite = bool(np.all(np.isfinite(values)))
+    steps = np.diff(values if finite else np.zeros(2))  # a difference of infinities would warn
+    if not finite or not (np.all(steps > 0) or np.all(steps < 0)):
         raise ValueError("ts must be strictly monotone and finite: repeated, reversed or non-finite times in it")
     if decreasing is not None and bool(steps[0] < 0) != decreasing:
         want, got = ("decrease", "increases") if decreasing else ("increase", "decreases")

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import event_size, example_keys, fold_in, normal_like, rademacher_like, sum_event
+from jdiff._array import check_count, event_size, example_keys, fold_in, normal_like, rademacher_like, sum_event
 from jdiff._typing import Array, Key, PyTree
 
 __all__ = ["Divergence", "check_divergence", "directions", "trace", "value_and_products"]
@@ -23,7 +23,8 @@ def check_divergence(key: Key | None, divergence: str, probes: int) -> None:
     """Raise ValueError for an unknown divergence, numbers of probes that it does not have, or probes without a key."""
     if divergence not in get_args(Divergence):
         raise ValueError(f"unknown divergence {divergence!r}; choose 'rademacher', 'gaussian' or 'exact'")
-    if probes < 1 or (divergence == "exact" and probes != 1):
+    check_count(probes, "probes")
+    if divergence == "exact" and probes != 1:
         raise ValueError(f"probes must be at least 1, and 1 for the exact divergence; got {probes}")
     if divergence != "exact" and key is None:
         raise ValueError("random probes need a key, got None")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeVar
 
 import jax
 
 __all__ = ["register_dataclass"]
 
+_Class = TypeVar("_Class", bound=type)
 
-def register_dataclass(cls: type) -> type:
+
+def register_dataclass(cls: _Class) -> _Class:
     """Register a dataclass as a pytree: a decorator, for a process whose numbers change without a new compilation.
 
     Fields are leaves, except those of ``metadata={"static": True}``, which are part of the structure.

@@ -24,8 +24,15 @@ class Process(Protocol):
     and a method `time_at(log_snr)`, the inverse of log alpha^2/sigma^2 (default: bisection).
     """
 
-    t_min: float
-    t_max: float
+    @property
+    def t_min(self) -> float:
+        """Where sampling ends."""
+        ...
+
+    @property
+    def t_max(self) -> float:
+        """The end of time, pure noise."""
+        ...
 
     def marginal(self, t: Array) -> tuple[Array, Array]:
         """Return alpha(t), sigma(t)."""

@@ -1,6 +1,7 @@
 """Data distributions whose diffusion is known in closed form: tests, documentation and benchmarks lean on them.
 
-Each returns an `Analytic`: exact fields at every t, the exact log-density of x_t, and exact data samples.
+Each returns an `Analytic`: exact fields at every t, the exact log-density of x_t, and exact data samples. Its functions
+raise ValueError for shapes and TypeError for kinds of numbers that do not fit.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jax.scipy.stats import norm
 
-from jdiff._array import batch_time, example_keys, expand, sum_event
+from jdiff._array import batch_time, check_array, example_keys, expand, sum_event
 from jdiff._typing import Array, Field, Key, Process
 
 __all__ = ["Analytic", "correlated_gaussian", "gaussian", "gaussian_mixture"]
@@ -40,11 +41,16 @@ def gaussian(process: Process, mean: Array, std: Array | float) -> Analytic:
 
     With s_t^2 = alpha^2 std^2 + sigma^2: x_t ~ N(alpha mean, s_t^2), E[x_0 | x_t] = mean + alpha std^2 (x_t - alpha
     mean) / s_t^2, and the flow keeps (x_t - alpha mean) / s_t (the drift is linear and elementwise).
+
+    Raises:
+      ValueError: from the functions, x whose event is not of mean's shape.
     """
     mean = jnp.asarray(mean)
     std = jnp.broadcast_to(jnp.asarray(std, mean.dtype), mean.shape)
 
     def moments(x, t):
+        if jnp.shape(x)[1:] != mean.shape:
+            raise ValueError(f"x must have shape (batch, *event) with event {mean.shape}, got {jnp.shape(x)}")
         alpha, sigma = (expand(c, x) for c in process.marginal(batch_time(t, x)))
         m, d = mean[None].astype(x.dtype), std[None].astype(x.dtype)
         return alpha, alpha * m, jnp.sqrt((alpha * d) ** 2 + sigma**2)
@@ -84,7 +90,13 @@ def correlated_gaussian(process: Process, mean: Array, covariance: Array) -> Ana
     if mean.ndim != 1 or covariance.shape != mean.shape * 2:
         raise ValueError(f"mean (D,) and covariance (D, D) are needed, got {mean.shape} and {covariance.shape}")
     variances, axes = jnp.linalg.eigh(covariance)
-    product = lambda x, matrix: jnp.matmul(x, matrix.astype(x.dtype), precision="highest")
+
+    def product(x, matrix):
+        check_array(x)
+        if x.shape[1:] != mean.shape:
+            raise ValueError(f"x must have shape (batch, D) with D = {len(mean)}, got {x.shape}")
+        return jnp.matmul(x, matrix.astype(x.dtype), precision="highest")
+
     turn, back = (lambda x: product(x, axes)), (lambda x: product(x, axes.T))
     own = gaussian(process, product(mean[None], axes)[0], jnp.sqrt(jnp.maximum(variances, 0)))
     return Analytic(
@@ -103,7 +115,8 @@ def gaussian_mixture(process: Process, weights: Array, means: Array, stds: Array
     of one entry only, by matching the cumulative distributions of x_t and x_s (bisection to the last digit).
 
     Raises:
-      ValueError: weights do not match means; from `flow`, events of more than one entry.
+      ValueError: weights do not match means; from the functions, x of another event; from `flow`, events of more than
+        one entry.
     """
     means = jnp.asarray(means)
     weights = jnp.asarray(weights, means.dtype)
@@ -116,8 +129,10 @@ def gaussian_mixture(process: Process, weights: Array, means: Array, stds: Array
 
     def moments(x, t):
         """Return alpha (batch, 1), centers (batch, K, *event), spreads (batch, K)."""
+        if jnp.shape(x)[1:] != event:
+            raise ValueError(f"x must have shape (batch, *event) with event {event}, got {jnp.shape(x)}")
         alpha, sigma = (c[:, None].astype(x.dtype) for c in process.marginal(batch_time(t, x)))
-        centers = expand(alpha[:, 0], jnp.zeros((1, 1, *event), x.dtype)) * means[None].astype(x.dtype)
+        centers = alpha.reshape(-1, 1, *(1,) * len(event)) * means[None].astype(x.dtype)
         return alpha, centers, jnp.sqrt((alpha * stds[None].astype(x.dtype)) ** 2 + sigma**2)
 
     def log_joint(x, t):

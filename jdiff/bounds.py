@@ -17,11 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import log_ndtr
+from jax.typing import DTypeLike
 
 from jdiff import losses
 from jdiff._array import (
+    batch_time,
+    call,
     check_array,
     check_grid,
+    check_per_example,
     coefficient_dtype,
     event_size,
     example_keys,
@@ -31,6 +35,7 @@ from jdiff._array import (
     is_concrete,
     normal_like,
     rademacher_like,
+    scalars,
     sum_event,
 )
 from jdiff._typing import Array, Field, Key, Kind, Process
@@ -127,14 +132,14 @@ def density_bound(
     def far(keys, t):
         a, sigma, v = kernel(t)
         e = normal_like(keys, x)
-        residual = eps_field(expand(a, x) * x + expand(v, x) * e, t) - expand(sigma / v, x) * e
+        residual = call(eps_field, expand(a, x) * x + expand(v, x) * e, t) - expand(sigma / v, x) * e
         return 0.5 * _square(residual, dtype) - 0.5 * size * (sigma / v) ** 2
 
     def near(keys, t):
         a, sigma, v = kernel(t)
         state = expand(a, x) * x + expand(v, x) * normal_like(fold_in(keys, 0), x)
         probe = rademacher_like(fold_in(keys, 1), x)
-        eps, derivative = jax.jvp(lambda x: eps_field(x, t), (state,), (probe,))
+        eps, derivative = jax.jvp(lambda x: call(eps_field, x, t), (state,), (probe,))
         return 0.5 * _square(eps, dtype) - sigma * sum_event(probe * derivative).astype(dtype)
 
     pieces = [
@@ -148,7 +153,8 @@ def density_bound(
         std = jnp.asarray(prior_std(process), dtype)
         prior = 0.5 * (_square(expand(a, x) * x, dtype) + size * v**2) / std**2 + size * (jnp.log(std) + _HALF_LOG_2PI)
     else:
-        at_end = lambda n: -prior_log_prob(expand(a, x) * x + expand(v, x) * normal_like(fold_in(keys, n), x))
+        prior_of = _per_example(prior_log_prob, dtype)
+        at_end = lambda n: -prior_of(expand(a, x) * x + expand(v, x) * normal_like(fold_in(keys, n), x))
         prior, spread = _average(jax.lax.map(at_end, 2 + jnp.arange(draws)))
         variance = variance + spread
     reconstruction = size * jnp.log(a)
@@ -169,7 +175,7 @@ def level_bound(
     variance: Literal["posterior", "forward"] = "posterior",
     decoder: Literal["posterior", "cells"] = "posterior",
     prior_log_prob: Callable[[Array], Array] | None = None,
-    dtype=jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> Bound:
     """Return the bound of log P(levels) in continuous time, or of T = len(ts) - 1 ancestral steps.
 
@@ -216,14 +222,15 @@ def level_bound(
         start, end = _start(process, t_min), end_time(process)
     else:
         check_grid(ts, decreasing=True)
+        ts_given, ts = ts, jnp.asarray(ts)
         if t_min is not None:
             raise ValueError(f"t_min is the last of ts where there are steps, got both, t_min = {t_min}")
-        if is_concrete(ts):
-            last, first = np.asarray(ts)[[-1, 0]]
+        if is_concrete(ts_given):
+            last, first = np.asarray(ts_given)[[-1, 0]]
             if not 0 < last < first <= process.t_max:
                 raise ValueError(f"ts must be in (0, {process.t_max}], got {first:g} to {last:g}")
         steps = ts.shape[0] - 1
-        if draws is not None and not 1 <= draws <= steps:
+        if draws is not None and (not isinstance(draws, int) or not 1 <= draws <= steps):
             raise ValueError(f"draws must be None or in 1 ... {steps}, the number of steps; got {draws}")
         start, end = ts[-1], ts[0]
     x = transform.center(levels, dtype=dtype)
@@ -273,7 +280,7 @@ def level_bound(
 
         def divergence(n):
             z = perturb(process, x, normal_like(fold_in(fold_in(keys, 2), n), x), t_end)
-            return -prior_log_prob(z) - size * (0.5 + _HALF_LOG_2PI + jnp.log(sigma))
+            return -_per_example(prior_log_prob, real)(z) - size * (0.5 + _HALF_LOG_2PI + jnp.log(sigma))
 
         prior, noise = _average(jax.lax.map(divergence, jnp.arange(count)))
         spread = spread + noise
@@ -284,8 +291,14 @@ def decode(process: Process, z: Array, t: Array, levels: Array, transform: DataT
     """Return log p(levels | z), shape (batch,), with p(k | z) proportional to q(z | x_0 = c_k), entry by entry.
 
     The exact posterior of independent entries with equally likely levels (Kingma et al. 2021, arXiv 2107.00630).
+
+    Raises:
+      ValueError: levels of another shape than z, times that are not scalar or (batch,).
+      TypeError: z not floating point, levels not integer.
     """
-    alpha, sigma = (expand(c, z)[..., None] for c in process.marginal(t))
+    check_array(z, "z")
+    _check_levels(levels, z, "z")
+    alpha, sigma = (expand(c, z)[..., None] for c in process.marginal(batch_time(t, z)))
     centers = transform.center(jnp.arange(transform.levels), dtype=z.dtype)
     centers = centers.reshape((1,) * z.ndim + centers.shape)
     logits = -0.5 * ((z[..., None] - alpha * centers) / sigma) ** 2
@@ -296,9 +309,16 @@ def decode(process: Process, z: Array, t: Array, levels: Array, transform: DataT
 def decode_cells(mean: Array, std: Array, levels: Array, transform: DataTransform) -> Array:
     """Return log p(levels), shape (batch,), of N(mean, std^2) integrated over each cell, the outer two open.
 
-    Ho et al. 2020 (arXiv 2006.11239), eq. 13. mean is in the model space, (batch, *event); std is (batch,).
+    Ho et al. 2020 (arXiv 2006.11239), eq. 13. mean is in the model space, (batch, *event); std is a scalar or
+    (batch,).
+
+    Raises:
+      ValueError: levels of another shape than mean, std that is not scalar or (batch,).
+      TypeError: mean not floating point, levels not integer.
     """
-    center, std = transform.center(levels, dtype=mean.dtype), expand(std, mean)
+    check_array(mean, "mean")
+    _check_levels(levels, mean, "mean")
+    center, std = transform.center(levels, dtype=mean.dtype), expand(scalars(std, mean, "std"), mean)
     a, b = ((center + side * transform.width - mean) / std for side in (-0.5, 0.5))
     a = jnp.where(levels == 0, -jnp.inf, a)
     b = jnp.where(levels == transform.levels - 1, jnp.inf, b)
@@ -306,6 +326,13 @@ def decode_cells(mean: Array, std: Array, levels: Array, transform: DataTransfor
     flip = a + b > 0
     log_low, log_high = log_ndtr(jnp.where(flip, -b, a)), log_ndtr(jnp.where(flip, -a, b))
     return sum_event(log_high + jnp.log(-jnp.expm1(log_low - log_high))).astype(coefficient_dtype(mean))
+
+
+def _check_levels(levels, x, name):
+    if not hasattr(levels, "dtype") or not jnp.issubdtype(levels.dtype, jnp.integer):
+        raise TypeError(f"levels must be an array of integers, got {getattr(levels, 'dtype', type(levels).__name__)}")
+    if levels.shape != x.shape:
+        raise ValueError(f"levels must have the shape of {name}, {x.shape}; got {levels.shape}")
 
 
 def _integrate(keys, process, integrand, x, draws, most, least):
@@ -358,6 +385,10 @@ def _x0_error(process, t, predict):
     alpha, sigma = process.marginal(t)
     a, b = coefficients(process, t, predict)
     return (sigma / (alpha * b - sigma * a)) ** 2
+
+
+def _per_example(log_prob, dtype):
+    return lambda z: check_per_example(log_prob(z), len(z), "prior_log_prob").astype(dtype)
 
 
 def _check_draws(draws):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdiff import processes
-from jdiff._array import batch_time, check_array, check_grid, is_concrete, lincomb, sum_event
+from jdiff._array import batch_time, check_array, check_grid, check_per_example, flat, is_concrete, lincomb, sum_event
 from jdiff._divergence import Divergence, check_divergence, directions, trace, value_and_products
 from jdiff._typing import Array, Field, Key, Kind, Process
 from jdiff.sde import probability_flow
@@ -94,13 +94,16 @@ def maximum_likelihood(
     tangents = directions(key, x, divergence, probes)
     ts, exact = jnp.asarray(ts, x.dtype), divergence == "exact"
     # Zeros made from values vary over devices as these do.
-    zeros = jnp.zeros((len(x), 3), x.dtype) + 0 * x.reshape(len(x), -1)[:, :1]
+    zeros = jnp.zeros((len(x), 3), x.dtype) + 0 * flat(x)[:, :1]
     if gradient == "discrete":
         z, totals = _integrate(_rates(drift, tangents, exact=exact), tableau, x, zeros, ts)
     else:
         drift, values, constants = _hoisted(drift, x, jnp.broadcast_to(ts[0], x.shape[:1]))
         z, totals = _adjoint(drift, tableau, exact, (x, zeros), values, (constants, tangents, ts))
-    end = processes.prior_log_prob(process, z) if prior_log_prob is None else prior_log_prob(z)
+    if prior_log_prob is None:
+        end = processes.prior_log_prob(process, z)
+    else:
+        end = check_per_example(prior_log_prob(z), len(x), "prior_log_prob")
     log_det, kinetic, jacobian = totals.T
     return Terms(-end - log_det, kinetic, jacobian)
 
@@ -177,7 +180,8 @@ def _hoisted(drift, x, t):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _adjoint(drift, tableau, exact, start, values, constants):
     """Integrate x and the totals over the grid; differentiated by the adjoint equation in x and the values."""
-    return _integrate(_closed(drift, exact, values, constants), tableau, *start, constants[-1])
+    x, totals = start
+    return _integrate(_closed(drift, exact, values, constants), tableau, x, totals, constants[-1])
 
 
 def _closed(drift, exact, values, constants):

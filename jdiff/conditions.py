@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import check_key, select
+from jdiff._array import check_key, is_concrete, select
 from jdiff._typing import Array, Key, PyTree
 
 __all__ = ["drop_condition", "with_null"]
@@ -29,15 +29,15 @@ def with_null(cond: PyTree, num_classes: int | None = None) -> tuple[PyTree, PyT
     Raises:
       ValueError: labels without num_classes.
     """
-    labels = not isinstance(cond, dict) or "label" in cond
-    if labels and num_classes is None:
-        raise ValueError("the null label is num_classes: with_null(cond, num_classes)")
+
+    def null_label(label):
+        if num_classes is None:
+            raise ValueError("the null label is num_classes: with_null(cond, num_classes)")
+        return jnp.full_like(label, num_classes)
+
     if not isinstance(cond, dict):
-        return cond, jnp.full_like(cond, num_classes)
-    null = {
-        name: jnp.full_like(value, num_classes) if name == "label" else jnp.zeros_like(value)
-        for name, value in cond.items()
-    }
+        return cond, null_label(cond)
+    null = {name: null_label(value) if name == "label" else jnp.zeros_like(value) for name, value in cond.items()}
     if set(cond) <= {"label"}:
         return cond, null
     batch = next(iter(cond.values())).shape[:1]
@@ -56,14 +56,17 @@ def drop_condition(keys: Key, cond: PyTree, null: PyTree, rate: Array | float) -
       rate: probability, a number.
 
     Raises:
-      ValueError: keys that are not one per example, or trees that differ in structure or shapes.
+      ValueError: keys that are not one per example, or trees that differ in structure or shapes, rate outside
+        [0, 1].
       TypeError: keys not typed threefry keys.
     """
     check_key(keys)
     if any(keys.shape != leaf.shape[:1] for leaf in jax.tree.leaves(cond)):
         raise ValueError(f"keys must be one per example, shape (batch,), got shape {keys.shape}")
+    if is_concrete(rate) and not 0 <= float(rate) <= 1:
+        raise ValueError(f"rate must be a probability, got {rate}")
     shapes = lambda tree: jax.tree.map(jnp.shape, tree)
     if shapes(cond) != shapes(null):
         raise ValueError(f"cond and null must have one structure, got shapes {shapes(cond)} and {shapes(null)}")
-    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
+    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, jnp.asarray(rate, float)))(keys)
     return select(dropped, null, cond)

@@ -8,6 +8,9 @@ formula). A guided x0-field is
 that is x_0 + sigma^2 / alpha grad log p(y | x_t), and the methods differ in what they take for Cov[y | x_t]. x0-fields
 go in and come out, since scores say nothing where alpha = 0; other kinds by `jdiff.reparameterise`. An evaluation is
 one forward pass and one linearisation of the field.
+
+When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
+TypeError for states, times or numbers of another kind than they must be.
 """
 
 from __future__ import annotations
@@ -17,10 +20,24 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jdiff._array import batch_time, call, check_array, expand, is_concrete, lincomb, sum_event
+from jdiff._array import (
+    batch_time,
+    call,
+    check_array,
+    check_count,
+    check_like,
+    check_positive,
+    check_real,
+    expand,
+    is_concrete,
+    lincomb,
+    scalars,
+    sum_event,
+)
 from jdiff._typing import Array, Field, Process
-from jdiff.operators import LinearOperator, conjugate_gradients, solve
+from jdiff.operators import LinearOperator, check_example, conjugate_gradients, solve
 from jdiff.processes import time_at
 from jdiff.solvers.base import Noise, Solver, State, white
 from jdiff.solvers.exponential import ddim
@@ -60,9 +77,13 @@ def dps(
     Raises:
       ValueError: std or least not positive.
     """
-    if is_concrete(std) and not bool(jnp.all(jnp.asarray(std) > 0)):
+    # By NumPy: inside jit JAX would compare a number that is known as if it were not.
+    check_real(std, "std")
+    if is_concrete(std) and not np.all(np.asarray(std) > 0):
         raise ValueError(f"std must be positive, got {std}: `pseudoinverse` and `moment_matching` take 0")
-    return _guided(process, denoise, measure, y, scale, least, lambda r, t, cov, back: expand(std, r) ** -2 * r)
+    return _guided(
+        process, denoise, measure, y, scale, least, lambda r, t, cov, back: expand(scalars(std, r, "std"), r) ** -2 * r
+    )
 
 
 def pseudoinverse(
@@ -91,14 +112,19 @@ def pseudoinverse(
       scale: of the guidance, scalar or (batch,).
       sigma_data: standard deviation of the data.
       least: as in `dps`.
+
+    Raises:
+      ValueError: sigma_data or least not positive and finite.
     """
+
+    check_positive(sigma_data, "sigma_data")
 
     def weigh(r, t, cov, back):
         alpha, sigma = process.marginal(t)
         spread = (sigma * sigma_data) ** 2 / ((alpha * sigma_data) ** 2 + sigma**2)
-        return solve(operator, r, spread, jnp.square(std))
+        return solve(operator, r, spread, jnp.square(scalars(std, r, "std")))
 
-    return _guided(process, denoise, operator.forward, y, scale, least, weigh)
+    return _guided(process, denoise, operator, y, scale, least, weigh)
 
 
 def moment_matching(
@@ -130,17 +156,17 @@ def moment_matching(
       least: as in `dps`.
 
     Raises:
-      ValueError: iterations < 1.
+      ValueError: iterations < 1, least not positive and finite.
+      TypeError: iterations is no integer.
     """
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    check_count(iterations, "iterations")
 
     def weigh(r, t, cov, back):
-        variance = expand(jnp.square(std), r)
+        variance = expand(jnp.square(scalars(std, r, "std")), r)
         matrix = lambda u: operator.forward(cov(back(u))) + variance * u
         return conjugate_gradients(matrix, r, iterations)
 
-    return _guided(process, denoise, operator.forward, y, scale, least, weigh)
+    return _guided(process, denoise, operator, y, scale, least, weigh)
 
 
 def dps_sampler(
@@ -177,25 +203,31 @@ def dps_sampler(
         norm = jnp.sqrt(sum_event(residual**2))
         uphill = pull(back(lincomb((1 / jnp.where(norm > 0, norm, 1), residual))))[0]
         state = ddim(process, lambda x, t: x0, eta, noise=noise).step(keys, state, t, s)
-        return State(lincomb((1.0, state.x), (scale, uphill)))
+        return State(lincomb((1.0, state.x), (scalars(scale, x, "scale"), uphill)))
 
     return Solver(State, step, 1)
 
 
-def _guided(process, denoise, measure, y, scale, least, weigh):
-    """The field of the module's formula; weigh(residual, t, covariance, adjoint of A) -> u."""
-    if not least > 0:
-        raise ValueError(f"least must be positive, got {least}")
+def _guided(process, denoise, given, y, scale, least, weigh):
+    """The field of the module's formula, of an operator or a measuring function.
+
+    weigh(residual, t, covariance, adjoint of A) -> u.
+    """
+    check_positive(least, "least")
+
+    measure, known = (given.forward, given) if isinstance(given, LinearOperator) else (given, None)
 
     def field(x, t):
         check_array(x)
+        if known is not None:
+            check_example(x, known)
         t = batch_time(t, x)
         t = jnp.minimum(t, time_at(process, jnp.full_like(t, 2 * math.log(least))))
         x0, pull = jax.vjp(lambda x: call(denoise, x, t), x)
         alpha, sigma = process.marginal(t)
         covariance = lambda v: lincomb((sigma**2 / alpha, pull(v)[0]))
         residual, back = _residual(measure, y, x0)
-        return lincomb((1.0, x0), (scale, covariance(back(weigh(residual, t, covariance, back)))))
+        return lincomb((1.0, x0), (scalars(scale, x, "scale"), covariance(back(weigh(residual, t, covariance, back)))))
 
     return field
 
@@ -203,6 +235,6 @@ def _guided(process, denoise, measure, y, scale, least, weigh):
 def _residual(measure, y, x0):
     """y - A(x_0) and the adjoint of A's derivative there."""
     measured, back = jax.vjp(measure, x0)
-    if measured.shape != y.shape:
-        raise ValueError(f"y must have the shape of a measured batch, {measured.shape}; got {y.shape}")
+    check_array(measured, "what measure returns")
+    check_like(y, measured, "y", "a measured batch")
     return y.astype(measured.dtype) - measured, lambda u: back(u)[0]

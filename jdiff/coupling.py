@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jdiff._array import check_array, coefficient_dtype
+from jdiff._array import check_array, check_count, check_like, coefficient_dtype
 from jdiff._typing import Array
 
 __all__ = ["optimal_transport"]
@@ -37,17 +37,20 @@ def optimal_transport(x0: Array, x1: Array, *, labels: Array | None = None, grou
 
     Raises:
       ValueError: shapes that disagree, a group that does not divide the batch.
-      TypeError: x0 or x1 not floating point.
+      TypeError: x0 or x1 not floating point, labels or group not integer.
     """
     batch = check_array(x0, "x0")
-    check_array(x1, "x1")
-    if x0.shape != x1.shape:
-        raise ValueError(f"x0 and x1 must have one shape, got {x0.shape} and {x1.shape}")
-    if labels is not None and labels.shape != (batch,):
-        raise ValueError(f"labels must have shape ({batch},), got {labels.shape}")
+    check_like(x1, x0, "x1", "x0")
+    if labels is not None:
+        dtype = getattr(labels, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+            raise TypeError(f"labels must be an array of integers, got {dtype or type(labels).__name__}")
+        if labels.shape != (batch,):
+            raise ValueError(f"labels must have shape ({batch},), got {labels.shape}")
     group = batch if group is None else group
-    if group < 1 or batch % group:
-        raise ValueError(f"a group must divide the batch of {batch}, got {group}")
+    check_count(group, "group")
+    if batch % group:
+        raise ValueError(f"group must divide the batch of {batch}, got {group}")
     if labels is None:
         labels = jnp.zeros(batch, jnp.int32)
     split = lambda a: jax.lax.stop_gradient(a).reshape(batch // group, group, -1)

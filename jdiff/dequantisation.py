@@ -16,11 +16,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import erf, logsumexp
+from jax.typing import DTypeLike
 
-from jdiff._array import batch_time, event_size, example_keys, expand, sum_event
+from jdiff._array import batch_time, check_array, check_positive, event_size, example_keys, expand, sum_event
 from jdiff._typing import Array, Key, Process
 from jdiff.processes import time_at
-from jdiff.transforms import DataTransform
+from jdiff.transforms import DataTransform, size_of
 
 __all__ = ["Dequantised", "importance_weighted", "level_bits", "start_time", "truncated_normal", "uniform"]
 
@@ -34,7 +35,7 @@ class Dequantised(NamedTuple):
     """log q(x | levels) in nats, shape (batch,): subtract it from log p(x)."""
 
 
-def uniform(key: Key, transform: DataTransform, levels: Array, *, dtype=jnp.float32) -> Dequantised:
+def uniform(key: Key, transform: DataTransform, levels: Array, *, dtype: DTypeLike = jnp.float32) -> Dequantised:
     """Draw x uniformly in the cells of levels: log p - log_q is `log p + transform.log_det_at(x)`.
 
     In an affine model space log_q is the constant -D log width.
@@ -46,7 +47,13 @@ def uniform(key: Key, transform: DataTransform, levels: Array, *, dtype=jnp.floa
 
 
 def truncated_normal(
-    key: Key, transform: DataTransform, levels: Array, process: Process, t: Array | float, *, dtype=jnp.float32
+    key: Key,
+    transform: DataTransform,
+    levels: Array,
+    process: Process,
+    t: Array | float,
+    *,
+    dtype: DTypeLike = jnp.float32,
 ) -> Dequantised:
     """Draw x = alpha c + sigma z, z ~ N(0, 1) cut to [-tau, tau], tau = alpha width / (2 sigma).
 
@@ -82,10 +89,9 @@ def start_time(process: Process, transform: DataTransform, tau: float = 3.0) -> 
     Zheng et al. 2023's networks start at log-SNR 13.3, tau = 3 for 256 levels: a truncated normal loses 0.3 % there.
 
     Raises:
-      ValueError: tau <= 0.
+      ValueError: tau not positive and finite.
     """
-    if tau <= 0:
-        raise ValueError(f"tau must be positive, got {tau}")
+    check_positive(tau, "tau")
     return time_at(process, jnp.asarray(2 * math.log(2 * tau / transform.width)))
 
 
@@ -96,12 +102,18 @@ def importance_weighted(log_weights: Array) -> Array:
 
     Raises:
       ValueError: another rank, or no draws.
+      TypeError: log_weights not floating point.
     """
-    if jnp.ndim(log_weights) != 2 or log_weights.shape[0] < 1:
-        raise ValueError(f"log_weights must have shape (draws, batch), got {jnp.shape(log_weights)}")
+    check_array(log_weights, "log_weights")
+    if log_weights.ndim != 2 or len(log_weights) < 1:
+        raise ValueError(f"log_weights must have shape (draws, batch), got {log_weights.shape}")
     return logsumexp(log_weights, axis=0) - math.log(log_weights.shape[0])
 
 
 def level_bits(log_prob: Array, event_shape: Sequence[int]) -> Array:
-    """Return bits per dimension, -log_prob / (D log 2), of log-probabilities of levels in nats (not of densities)."""
-    return -log_prob / (math.prod(event_shape) * math.log(2))
+    """Return bits per dimension, -log_prob / (D log 2), of log-probabilities of levels in nats (not of densities).
+
+    Raises:
+      ValueError: event_shape is not a shape of positive sizes.
+    """
+    return -log_prob / (size_of(event_shape) * math.log(2))

@@ -1,4 +1,8 @@
-"""Control of the state: parts of x_t replaced on the way, starts from a given x_0, changes in the flow's latent."""
+"""Control of the state: parts of x_t replaced on the way, starts from a given x_0, changes in the flow's latent.
+
+When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
+TypeError for states, times or numbers of another kind than they must be.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,21 @@ from jdiff._array import (
     batch_time,
     call,
     check_array,
+    check_count,
     check_grid,
+    check_like,
     coefficient_dtype,
     example_keys,
     expand,
+    flat,
     fold_in,
     lincomb,
+    scalars,
     select,
     sum_event,
 )
 from jdiff._typing import Array, Field, Key, Process
-from jdiff.operators import LinearOperator, diagonal
+from jdiff.operators import LinearOperator, check_example, diagonal
 from jdiff.processes import perturb
 from jdiff.solvers.base import Noise, Solver, State, integrate, white
 
@@ -107,10 +115,15 @@ def repaint(
       ValueError: an operator whose A A^T is not diagonal, resamples or jump < 1, a grid that does not decrease, a
         solver with memory.
     """
-    if resamples < 1 or jump < 1:
-        raise ValueError(f"repaint needs resamples >= 1 and jump >= 1, got {resamples} and {jump}")
+    check_count(resamples, "resamples")
+    check_count(jump, "jump")
     check_grid(ts, decreasing=True)
     keys = example_keys(key, check_array(x))
+    check_example(x, operator)
+    check_array(y, "y")
+    if len(y) != len(x):
+        raise ValueError(f"y must have the batch of x, {len(x)}, got shape {y.shape}")
+    std = scalars(std, x, "std")
     down = replacement(process, solver, operator, y, std, noise=noise).step
 
     def back(keys, state, s, t):
@@ -130,7 +143,7 @@ def repaint(
     if jax.tree.leaves(solver.init(x).memory):
         raise ValueError("repaint needs a solver without memory: what it remembers is gone after a jump")
     gram = jnp.broadcast_to(diagonal(operator, y), y.shape)
-    largest = jnp.max(gram.reshape(len(gram), -1), axis=1).astype(coefficient_dtype(x))
+    largest = jnp.max(flat(gram), axis=1).astype(coefficient_dtype(x))
     walk = _walk(len(ts) - 1, resamples, jump)
     ts = jnp.asarray(ts)
     inputs = jnp.arange(len(walk)), *(ts[walk[:, i]] for i in range(3)), jnp.asarray(walk[:, 3] > 0)
@@ -182,12 +195,14 @@ def edit_latent(
       decoder: the way back; None: the encoder.
 
     Raises:
-      ValueError: a grid that does not decrease, or a stochastic solver.
+      ValueError: a grid that does not decrease, a stochastic solver, or an edit that changes the shape.
     """
     check_array(x0, "x0")
     check_grid(ts, decreasing=True)
     latent, _ = integrate(None, encoder, x0, jnp.asarray(ts)[::-1])
-    return integrate(None, decoder or encoder, edit(latent), ts)[0]
+    edited = edit(latent)
+    check_like(edited, x0, "what edit returns", "x0")
+    return integrate(None, decoder or encoder, edited, ts)[0]
 
 
 def slerp(a: Array, b: Array, weight: Array | float) -> Array:
@@ -205,9 +220,8 @@ def slerp(a: Array, b: Array, weight: Array | float) -> Array:
       ValueError: shapes that differ.
     """
     check_array(a, "a")
-    check_array(b, "b")
-    if a.shape != b.shape:
-        raise ValueError(f"a and b must have one shape, got {a.shape} and {b.shape}")
+    check_like(b, a, "b", "a")
+    weight = scalars(weight, a, "weight")
     norm = lambda x: lincomb((jax.lax.rsqrt(sum_event(x**2)), x))
     # From the chord and its complement: cos would lose the digits of small angles.
     root = lambda x: jnp.sqrt(sum_event(x**2))
@@ -218,15 +232,16 @@ def slerp(a: Array, b: Array, weight: Array | float) -> Array:
 
 def _replacing(process, operator, y, std, noise):
     """(keys, x, s) -> x with its measured part replaced."""
+    check_array(y, "y")
     gram = diagonal(operator, y)
 
     def put(keys, x, s):
         s = batch_time(s, x)
-        alpha, sigma = (expand(c, y) for c in process.marginal(s))
+        check_example(x, operator)
         measured = operator.forward(x)
-        if measured.shape != y.shape:
-            raise ValueError(f"y must have the shape of a measured batch, {measured.shape}; got {y.shape}")
-        variance = sigma**2 * gram - (alpha * expand(std, y)) ** 2
+        check_like(y, measured, "y", "a measured batch")
+        alpha, sigma = (expand(c, y) for c in process.marginal(s))
+        variance = sigma**2 * gram - (alpha * expand(scalars(std, x, "std"), y)) ** 2
         known = (variance >= 0) & (gram > 0)
         z = noise(keys, y, s, s)
         target = alpha * y + jnp.sqrt(jnp.where(known, variance, 0)) * z

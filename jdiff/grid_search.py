@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import call, check_array, check_grid, is_concrete
+from jdiff._array import call, check_array, check_count, check_grid, check_like, check_positive, is_concrete
 from jdiff._typing import Array, Field, Process
 from jdiff.processes import log_snr
 from jdiff.solvers.base import Solver, integrate
@@ -40,7 +40,8 @@ def best_grid(process: Process, denoise: Field, path: Array, ts: Array, n: int, 
     """
     costs = step_costs(process, denoise, path, ts, power=power)
     count = len(ts)
-    if not 1 <= n < count:
+    check_count(n, "n")
+    if n >= count:
         raise ValueError(f"n must be from 1 to {count - 1}, the number of candidate steps; got {n}")
     # best[j]: least cost of the way from 0 to j with the steps so far.
     start = jnp.where(jnp.arange(count) == 0, 0, jnp.inf).astype(costs.dtype) + 0 * costs[0, -1]
@@ -73,8 +74,7 @@ def step_costs(process: Process, denoise: Field, path: Array, ts: Array, *, powe
       ValueError: as `best_grid`.
       TypeError: as `best_grid`.
     """
-    if not power > 0:
-        raise ValueError(f"power must be positive, got {power}")
+    check_positive(power, "power")
     check_grid(ts, decreasing=True)
     check_array(path, "path")
     if path.ndim < 2 or len(path) != len(ts) or path.shape[1] < 1:
@@ -83,7 +83,7 @@ def step_costs(process: Process, denoise: Field, path: Array, ts: Array, *, powe
     along = jnp.exp(power * log_snr(process, ts)) / power
     if is_concrete(along) and not bool(jnp.isfinite(along[-1])):
         raise ValueError(f"the grid must end where sigma > 0, got t = {float(ts[-1])}")
-    values = jax.lax.map(lambda pair: call(denoise, *pair), (path, ts)).reshape(len(ts), -1)
+    values = jax.lax.map(lambda pair: call(denoise, *pair), (path, ts)).reshape(len(ts), -1).astype(along.dtype)
     place = jnp.arange(len(ts) - 1)
 
     def row(i):
@@ -121,10 +121,8 @@ def refine_grid(solver: Solver, x: Array, target: Array, ts: Array, *, iteration
     """
     check_grid(ts)
     check_array(x)
-    if target.shape != x.shape:
-        raise ValueError(f"target must have the shape of x, {x.shape}; got {target.shape}")
-    if iterations < 1:
-        raise ValueError(f"iterations must be positive, got {iterations}")
+    check_like(target, x, "target")
+    check_count(iterations, "iterations")
     ts = jnp.asarray(ts)
     n, steps = len(ts) - 1, jnp.abs(jnp.diff(ts))
     sign = jnp.sign(ts[0] - ts[-1])

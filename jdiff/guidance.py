@@ -8,6 +8,9 @@ so that scale 1 is the stronger one. Linear combinations commute with the affine
 (`jdiff.predictions`): the fields may be of any one kind, of any process. At other scales than 1 the guided field is not
 the score of any diffused density (Bradley & Nakkiran 2024, arXiv 2408.09000): docs/guidance.md says what a solver then
 samples. What guidance does to x_0 is in `jdiff.saturation`.
+
+When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
+TypeError for states, times or numbers of another kind than they must be.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import batch_time, call, check_array, check_state, lincomb, select
+from jdiff._array import batch_time, call, check_array, check_per_example, check_state, lincomb, scalars, select
 from jdiff._typing import Array, Field, Kind, Process, PyTree
 from jdiff.predictions import check_kind, conversion
 
@@ -169,9 +172,7 @@ def limit_to(guided: Field, plain: Field, t_low: float, t_high: float) -> Field:
 
 
 def _per_example(log_prob, t):
-    if log_prob.shape != t.shape:
-        raise ValueError(f"log_prob must give one number per example, shape {t.shape}, got {log_prob.shape}")
-    return log_prob
+    return check_per_example(log_prob, len(t), "log_prob")
 
 
 def _at(scale, t):
@@ -179,9 +180,7 @@ def _at(scale, t):
 
 
 def _extrapolate(scale, strong, weak, adjust, x, t):
-    scale = _at(scale, t)
-    if jnp.shape(scale) not in ((), t.shape):
-        raise ValueError(f"scale must be a scalar or have shape {t.shape} (the batch of x), got {jnp.shape(scale)}")
+    scale = scalars(_at(scale, t), t, "scale")
     guided = lincomb((1.0 - scale, weak), (scale, strong))
     return guided if adjust is None else adjust(guided, strong, x, t)
 
@@ -191,11 +190,13 @@ def _halves(batch):
 
 
 def _check_conditions(cond, null, batch):
-    shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (cond, null)]
-    if jax.tree.structure(cond) != jax.tree.structure(null) or shapes[0] != shapes[1]:
-        raise ValueError(f"null must have the structure and shapes of cond, {shapes[0]}; got {shapes[1]}")
-    if any(shape[:1] != (batch,) for shape in shapes[0]):
-        raise ValueError(f"cond must have a leading axis of {batch}, the batch of x; got shapes {shapes[0]}")
+    want, got = (
+        ([jnp.shape(leaf) for leaf in jax.tree.leaves(tree)], jax.tree.structure(tree)) for tree in (cond, null)
+    )
+    if want != got:
+        raise ValueError(f"null must have the structure and shapes of cond, {want[0]}; got {got[0]}, {got[1]}")
+    if any(shape[:1] != (batch,) for shape in want[0]):
+        raise ValueError(f"cond must have a leading axis of {batch}, the batch of x; got shapes {want[0]}")
 
 
 def _check_interval(t_low, t_high):

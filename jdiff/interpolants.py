@@ -4,6 +4,9 @@ Stochastic interpolants, Albergo, Boffi & Vanden-Eijnden 2023 (arXiv 2303.08797)
 t = 0, x1 at t = 1. Two conditional means are learned by regression, the velocity E[a' x0 + b' x1 + gamma' z | x_t] and
 the noise E[z | x_t]; the first transports one end to the other, both together make SDEs with the same marginals. The
 Gaussian processes are the one-sided case, b = 0.
+
+When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
+TypeError for states, times or numbers of another kind than they must be.
 """
 
 from __future__ import annotations
@@ -14,13 +17,25 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import batch_time, call, check_array, example_keys, lincomb, mean_event, normal_like
+from jdiff._array import (
+    as_floating,
+    batch_time,
+    call,
+    check_array,
+    check_like,
+    check_positive,
+    example_keys,
+    lincomb,
+    mean_event,
+    normal_like,
+)
 from jdiff._typing import Array, Field, Key, Process
 from jdiff.sde import SDE
 
 __all__ = [
     "Coefficients",
     "Interpolant",
+    "Scalar",
     "bridge",
     "coefficients",
     "encoding_decoding",
@@ -61,8 +76,7 @@ def bridge(sigma: float = 2**0.5) -> Scalar:
     Raises:
       ValueError: sigma <= 0.
     """
-    if sigma <= 0:
-        raise ValueError(f"sigma must be positive, got {sigma}")
+    check_positive(sigma, "sigma")
     return lambda t: sigma * jnp.sqrt(t * (1 - t))
 
 
@@ -123,7 +137,7 @@ def one_sided(process: Process) -> Interpolant:
 
 def coefficients(interpolant: Interpolant, t: Array) -> Coefficients:
     """Return the scalars at t and their derivatives, by one jvp."""
-    t = jnp.asarray(t, jnp.result_type(t, 1.0))
+    t = as_floating(t)
     values, slopes = jax.jvp(interpolant, (t,), (jnp.ones_like(t),))
     return Coefficients(*values, *slopes)
 
@@ -252,7 +266,6 @@ def stochastic(
 
 
 def _check(x0, x1, z):
-    for name, x in (("x0", x0), ("x1", x1), ("z", z)):
-        check_array(x, name)
-    if not x0.shape == x1.shape == z.shape:
-        raise ValueError(f"x0, x1 and z must have one shape, got {x0.shape}, {x1.shape} and {z.shape}")
+    check_array(x0, "x0")
+    check_like(x1, x0, "x1", "x0")
+    check_like(z, x0, "z", "x0")

@@ -11,6 +11,9 @@ of each pixel does not know. Discrete targets for a continuous diffusion: Dielem
 section 3; the cells are ours.
 
 A cell may hold several neighbouring levels (`merged_levels`): the model is then uniform inside it, and cheaper.
+
+When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
+TypeError for states, times or numbers of another kind than they must be.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import log_ndtr
 
-from jdiff._array import batch_time, check_array, expand
+from jdiff._array import batch_time, check_array, check_count, expand
 from jdiff._typing import Array, Field, Kind, Process
 from jdiff.predictions import check_kind, coefficients
 
@@ -61,8 +64,10 @@ def level_field(
       ValueError: unknown kind, low >= high, or a prior or edges that do not fit x.
     """
     check_kind(predict)
-    if not low < high:
-        raise ValueError(f"low must be below high, got {low} and {high}")
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"low must be below high, both finite; got {low} and {high}")
+    if not hasattr(log_prior, "dtype") or log_prior.ndim < 1:
+        raise ValueError(f"log_prior must be an array of shape (*event, levels), got {log_prior!r}")
     levels = log_prior.shape[-1]
     if edges is not None and edges.shape != (levels + 1,):
         raise ValueError(f"edges must have shape ({levels + 1},), one more than levels, got {edges.shape}")
@@ -99,8 +104,9 @@ def level_field(
             axis=-1,
         )
         logits = net(features, t.astype(x.dtype))
-        if logits.size != x.size * levels:
-            raise ValueError(f"the network must return {levels} logits per entry of x {x.shape}, got {logits.shape}")
+        if getattr(logits, "size", None) != x.size * levels or logits.shape[:1] != x.shape[:1]:
+            got = getattr(logits, "shape", type(logits).__name__)
+            raise ValueError(f"the network must return {levels} logits per entry of x {x.shape}, got {got}")
         x0, eps = posterior(logits.reshape(*x.shape, levels))
         a, b = (expand(c, x) for c in coefficients(process, t, predict))
         return a * x0 + b * eps
@@ -162,12 +168,14 @@ def merged_levels(counts: np.ndarray, cells: int) -> np.ndarray:
 
     Raises:
       ValueError: counts or cells out of range.
+      TypeError: cells is no integer.
     """
     counts = np.asarray(counts, np.float64)
     if counts.ndim != 1 or not (counts >= 0).all() or not np.isfinite(counts).all():
         raise ValueError(f"counts must be finite, not negative and of shape (levels,), got shape {counts.shape}")
     levels = len(counts)
-    if not 1 <= cells <= levels:
+    check_count(cells, "cells")
+    if cells > levels:
         raise ValueError(f"cells must be in 1 ... {levels}, the number of levels; got {cells}")
     before = np.concatenate([[0.0], np.cumsum(counts)])
     start, stop = np.arange(levels)[:, None], np.arange(1, levels + 1)[None]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdiff import processes
-from jdiff._array import check_array, coefficient_dtype, is_concrete
+from jdiff._array import check_array, check_per_example, coefficient_dtype, flat, is_concrete
 from jdiff._divergence import Divergence, check_divergence, directions, value_and_products
 from jdiff._typing import Array, Field, Key, Kind, Process
 from jdiff.sde import SDE, NoiseTime, in_noise_time, noise_time, probability_flow
@@ -96,8 +96,8 @@ def log_likelihood(
     if x.ndim < 2:
         raise ValueError(f"x must have shape (batch, *event), got {x.shape}")
     check_divergence(key, divergence, probes)
-    if variable not in (known := ("t", *get_args(NoiseTime))):
-        raise ValueError(f"unknown variable {variable!r}; choose one of {', '.join(known)}")
+    if variable not in (variables := ("t", *get_args(NoiseTime))):
+        raise ValueError(f"unknown variable {variable!r}; choose one of {', '.join(variables)}")
     t_min = process.t_min if t_min is None else t_min
     if not 0 <= t_min < process.t_max:
         raise ValueError(f"t_min must be in [0, {process.t_max}), got {t_min}")
@@ -113,12 +113,14 @@ def log_likelihood(
         return velocity, traces
 
     # One column per probe; zeros made from x vary over devices as x does.
-    logdet = jnp.zeros_like(x, shape=(batch, probes)) + 0 * x.reshape(batch, -1)[:, :1]
-    ode, ends = SDE(augmented), (t_min, process.t_max)
+    logdet = jnp.zeros_like(x, shape=(batch, probes)) + 0 * flat(x)[:, :1]
+    ode = SDE(augmented)
+    ends: tuple[Array | float, Array | float] = t_min, process.t_max
     if variable != "t":
         known = all(is_concrete(leaf) for leaf in jax.tree.leaves(process))
         with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
-            ends = tuple(noise_time(process, jnp.asarray(t, coefficient_dtype(x)), variable) for t in ends)
+            start, stop = (noise_time(process, jnp.asarray(t, coefficient_dtype(x)), variable) for t in ends)
+            ends = start, stop
         if known and not np.isfinite(ends).all():
             raise ValueError(
                 f"variable={variable!r} is not finite from t = {t_min} to {process.t_max}, where alpha or sigma is 0: "
@@ -137,7 +139,10 @@ def log_likelihood(
         axis_name=axis_name,
     )
     latent, logdet = solution.x
-    end = processes.prior_log_prob(process, latent) if prior_log_prob is None else prior_log_prob(latent)
+    if prior_log_prob is None:
+        end = processes.prior_log_prob(process, latent)
+    else:
+        end = check_per_example(prior_log_prob(latent), batch, "prior_log_prob")
     log_prob = end + jnp.mean(logdet, axis=1)
     failed = solution.failed | ~jnp.isfinite(log_prob)
     if divergence == "exact":

@@ -4,6 +4,8 @@ A weighting is a function (process, t, predict) -> (batch,) that multiplies the 
 predicted kind. With e the error of x_0, the error of the kind (a, b) is -(det/sigma) e, det = alpha b - sigma a; each
 weighting below but `unit` is defined once, as lambda(t) |e|^2, and divided by (det/sigma)^2, so it is the same loss for
 every kind.
+
+Weightings raise ValueError for an unknown kind and TypeError for times that are not real.
 """
 
 from __future__ import annotations
@@ -13,7 +15,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import batch_time, call, check_array, example_keys, expand, mean_event, normal_like
+from jdiff._array import (
+    as_floating,
+    batch_time,
+    call,
+    check_array,
+    check_like,
+    check_positive,
+    example_keys,
+    expand,
+    mean_event,
+    normal_like,
+)
 from jdiff._typing import Array, Field, Key, Kind, Process
 from jdiff.predictions import check_kind, coefficients
 from jdiff.processes import perturb, rates
@@ -37,7 +50,7 @@ Weighting = Callable[[Process, Array, Kind], Array]
 def unit(process: Process, t: Array, predict: Kind) -> Array:
     """Return 1: the plain squared error of the predicted kind (flow matching for velocity, DDPM for eps)."""
     check_kind(predict)
-    return jnp.ones_like(t)
+    return jnp.ones_like(as_floating(t))
 
 
 def snr(process: Process, t: Array, predict: Kind) -> Array:
@@ -45,7 +58,7 @@ def snr(process: Process, t: Array, predict: Kind) -> Array:
 
     Ho et al. 2020 (arXiv 2006.11239), eq. 14, for any predicted kind.
     """
-    alpha, _ = process.marginal(t)
+    alpha, _ = process.marginal(as_floating(t))
     return (alpha / _det(process, t, predict)) ** 2
 
 
@@ -67,9 +80,9 @@ def min_snr(gamma: float = 5.0) -> Weighting:
     """Return the weighting min(SNR, gamma) |x_0 error|^2 (Hang et al. 2023, arXiv 2303.09556, eq. 8).
 
     Raises:
-      ValueError: gamma <= 0.
+      ValueError: gamma not positive (infinite ones do not cut).
     """
-    if gamma <= 0:
+    if not gamma > 0:
         raise ValueError(f"gamma must be positive, got {gamma}")
 
     def weight(process, t, predict):
@@ -87,8 +100,7 @@ def edm(sigma_data: float = 0.5) -> Weighting:
     Raises:
       ValueError: sigma_data <= 0.
     """
-    if sigma_data <= 0:
-        raise ValueError(f"sigma_data must be positive, got {sigma_data}")
+    check_positive(sigma_data, "sigma_data")
 
     def weight(process, t, predict):
         alpha, sigma = process.marginal(t)
@@ -138,13 +150,11 @@ def denoising(
     t = batch_time(t, x0)
     if eps is None:
         eps = normal_like(example_keys(keys, batch), x0)
-    elif eps.shape != x0.shape:
-        raise ValueError(f"eps must have the shape of x0, {x0.shape}; got {eps.shape}")
+    else:
+        check_like(eps, x0, "eps", "x0")
     a, b = coefficients(process, t, predict)
     target = expand(a, x0) * x0 + expand(b, x0) * eps
     out = call(field, perturb(process, x0, eps, t), t)
-    if out.shape != x0.shape:
-        raise ValueError(f"the field must return the shape of x, {x0.shape}; got {out.shape}")
     return weight(process, t, predict) * mean_event((out - target) ** 2).astype(t.dtype)
 
 
@@ -178,15 +188,12 @@ def classification(
     """
     batch = check_array(x0, "x0")
     t = batch_time(t, x0)
-    label = jnp.asarray(label)
-    if not jnp.issubdtype(label.dtype, jnp.integer):
-        raise TypeError(f"label must be integers, got {label.dtype}")
-    if label.shape != (batch,):
-        raise ValueError(f"label must have shape ({batch},), one per example, got {label.shape}")
+    _check_label(label, batch)
     x = perturb(process, x0, normal_like(example_keys(keys, batch), x0), t)
     out = logits(x, t.astype(x.dtype))
-    if out.ndim != 2 or out.shape[0] != batch:
-        raise ValueError(f"logits must have shape ({batch}, classes), got {out.shape}")
+    if getattr(out, "ndim", 0) != 2 or out.shape[0] != batch:
+        got = getattr(out, "shape", type(out).__name__)
+        raise ValueError(f"logits must have shape ({batch}, classes), got {got}")
     chosen = label_log_prob(out, label)
     return -chosen, (jnp.argmax(out, axis=1) == label).astype(chosen.dtype)
 
@@ -197,13 +204,29 @@ def label_log_prob(logits: Array, label: Array) -> Array:
     Args:
       logits: (batch, classes).
       label: integers (batch,).
+
+    Raises:
+      ValueError: shapes that disagree.
+      TypeError: logits not floating point, labels not integer.
     """
+    batch = check_array(logits, "logits")
+    if logits.ndim != 2:
+        raise ValueError(f"logits must have shape (batch, classes), got {logits.shape}")
+    _check_label(label, batch)
     table = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
     inside = jnp.where(label < 0, table.shape[1], label)  # a negative index would count from the end
     return jnp.take_along_axis(table, inside[:, None], axis=1, mode="fill")[:, 0]
 
 
+def _check_label(label, batch):
+    if not hasattr(label, "dtype") or not jnp.issubdtype(label.dtype, jnp.integer):
+        raise TypeError(f"label must be an array of integers, got {getattr(label, 'dtype', type(label).__name__)}")
+    if label.shape != (batch,):
+        raise ValueError(f"label must have shape ({batch},), one per example, got {label.shape}")
+
+
 def _det(process, t, predict):
+    t = as_floating(t)
     alpha, sigma = process.marginal(t)
     a, b = coefficients(process, t, predict)
     return alpha * b - sigma * a

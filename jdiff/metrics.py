@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import check_array, mean_event
+from jdiff._array import check_array, check_like, check_positive, flat, mean_event
 from jdiff._typing import Array
 
 __all__ = ["energy_distance", "frechet_distance", "gaussian_kl", "gaussian_w2", "psnr"]
@@ -24,6 +24,7 @@ def energy_distance(x: Array, y: Array) -> Array:
 
     Raises:
       ValueError: shapes that do not fit.
+      TypeError: samples not floating point.
     """
     x, y = _two(x, y)
     n, m = len(x), len(y)
@@ -42,6 +43,7 @@ def frechet_distance(x: Array, y: Array) -> Array:
 
     Raises:
       ValueError: shapes that do not fit.
+      TypeError: samples not floating point.
     """
     x, y = _two(x, y)
     return gaussian_w2(*_moments(x), *_moments(y))
@@ -54,6 +56,7 @@ def gaussian_w2(mean: Array, covariance: Array, other_mean: Array, other_covaria
 
     Raises:
       ValueError: shapes that do not fit.
+      TypeError: one is not floating point.
     """
     _check_gaussians(mean, covariance, other_mean, other_covariance)
     values, vectors = jnp.linalg.eigh(covariance)
@@ -71,6 +74,7 @@ def gaussian_kl(mean: Array, covariance: Array, other_mean: Array, other_covaria
 
     Raises:
       ValueError: shapes that do not fit.
+      TypeError: one is not floating point.
     """
     _check_gaussians(mean, covariance, other_mean, other_covariance)
     root = jnp.linalg.cholesky(other_covariance)
@@ -90,17 +94,20 @@ def psnr(x: Array, y: Array, peak: float) -> Array:
       peak: the range of their values: 255 for bytes (made floating point), 2 for [-1, 1].
 
     Raises:
-      ValueError: shapes that differ.
-      TypeError: x not floating point.
+      ValueError: shapes that differ, peak not positive and finite.
+      TypeError: x or y not floating point.
     """
     check_array(x)
-    if x.shape != y.shape:
-        raise ValueError(f"x and y must have one shape, got {x.shape} and {y.shape}")
+    check_like(y, x, "y")
+    check_positive(peak, "peak")
     return 10 * jnp.log10(peak**2 / mean_event((x - y) ** 2))
 
 
 def _check_gaussians(mean, covariance, other_mean, other_covariance):
-    shapes = [jnp.shape(a) for a in (mean, covariance, other_mean, other_covariance)]
+    given = {"mean": mean, "covariance": covariance, "other_mean": other_mean, "other_covariance": other_covariance}
+    for name, array in given.items():
+        check_array(array, name)
+    shapes = [array.shape for array in given.values()]
     (size,) = shapes[0] if len(shapes[0]) == 1 else (0,)
     if size < 1 or shapes != [(size,), (size, size)] * 2:
         raise ValueError(f"two means (D,) and two covariances (D, D) are needed, got shapes {shapes}")
@@ -117,7 +124,7 @@ def _two(x, y):
     check_array(y, "y")
     if x.shape[1:] != y.shape[1:] or min(len(x), len(y)) < 2:
         raise ValueError(f"two sets of at least two samples of one shape are needed, got {x.shape} and {y.shape}")
-    return x.reshape(len(x), -1), y.reshape(len(y), -1)
+    return flat(x), flat(y)
 
 
 def _row_sums(x, y):

@@ -10,8 +10,9 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jdiff._array import add_zero, check_array, expand, full_like_batch, sum_event
+from jdiff._array import add_zero, check_array, check_count, check_positive, expand, full_like_batch, scalars, sum_event
 from jdiff._typing import Array
 
 __all__ = [
@@ -72,8 +73,9 @@ def mask(known: Array, shape: tuple[int, ...]) -> LinearOperator:
     Raises:
       ValueError: a mask that does not fit the shape.
     """
-    if len(known.shape) != len(shape) + 1 or any(m not in (1, n) for m, n in zip(known.shape[1:], shape)):
-        raise ValueError(f"a mask for examples {tuple(shape)} needs a batch axis and that shape, got {known.shape}")
+    found = np.shape(known) if hasattr(known, "dtype") else None
+    if found is None or len(found) != len(shape) + 1 or any(m not in (1, n) for m, n in zip(found[1:], shape)):
+        raise ValueError(f"known, a mask for examples {tuple(shape)}, needs a batch axis and that shape, got {found}")
     return linear(lambda x: known.astype(x.dtype) * x, shape, diagonal=known)
 
 
@@ -99,10 +101,12 @@ def block_mean(shape: tuple[int, ...], factor: int) -> LinearOperator:
 
     Raises:
       ValueError: examples that are not (height, width, channels), or sides that are no multiples of factor.
+      TypeError: factor is no integer.
     """
     height, width, channels = _image(shape)
-    if factor < 1 or height % factor or width % factor:
-        raise ValueError(f"blocks of {factor}x{factor} do not tile images of {height}x{width}")
+    check_count(factor, "factor")
+    if height % factor or width % factor:
+        raise ValueError(f"blocks of {factor}x{factor} do not tile images of shape {tuple(shape)}")
     rows, columns = height // factor, width // factor
 
     def forward(x):
@@ -127,8 +131,8 @@ def blur(
     modes = {"reflect": "reflect", "edge": "edge", "wrap": "wrap", "zero": "constant"}
     if boundary not in modes:
         raise ValueError(f"unknown boundary {boundary!r}; choose one of {', '.join(modes)}")
-    if kernel.ndim != 2 or not all(n % 2 and n // 2 < m for n, m in zip(kernel.shape, (height, width))):
-        raise ValueError(f"the kernel must have two odd sides that fit {height}x{width}, got shape {kernel.shape}")
+    if getattr(kernel, "ndim", 0) != 2 or not all(n % 2 and n // 2 < m for n, m in zip(kernel.shape, (height, width))):
+        raise ValueError(f"the kernel must have two odd sides that fit {height}x{width}, got shape {np.shape(kernel)}")
     pad = [(0, 0), *((n // 2, n // 2) for n in kernel.shape), (0, 0)]
 
     def forward(x):
@@ -147,10 +151,11 @@ def gaussian_kernel(std: float, radius: int) -> Array:
     """Return exp(-(p^2 + q^2) / (2 std^2)) for |p|, |q| <= radius, normalised to sum 1: a kernel for `blur`.
 
     Raises:
-      ValueError: std <= 0 or radius < 0.
+      ValueError: std not positive and finite, or radius < 0.
+      TypeError: radius is no integer.
     """
-    if not std > 0 or radius < 0:
-        raise ValueError(f"a Gaussian kernel needs std > 0 and radius >= 0, got {std} and {radius}")
+    check_positive(std, "std")
+    check_count(radius, "radius", 0)
     line = jax.nn.softmax(-0.5 * (jnp.arange(-float(radius), radius + 1) / std) ** 2)
     return line[:, None] * line[None, :]
 
@@ -168,8 +173,13 @@ def solve(
       signal: variance in the space of x, scalar or (batch,).
       noise: variance in the space of y, scalar or (batch,).
       iterations: of the conjugate gradients.
+
+    Raises:
+      ValueError: shapes that do not fit.
+      TypeError: residual not floating point, signal or noise not real.
     """
-    signal, noise = expand(signal, residual), expand(noise, residual)
+    check_array(residual, "residual")
+    signal, noise = (expand(scalars(c, residual, name), residual) for c, name in ((signal, "signal"), (noise, "noise")))
     if operator.diagonal is None:
         gram = lambda u: signal * operator.forward(operator.adjoint(u)) + noise * u
         return conjugate_gradients(gram, residual, iterations)
@@ -187,14 +197,23 @@ def conjugate_gradients(matrix: Callable[[Array], Array], b: Array, iterations: 
       matrix: linear, symmetric and positive definite in each example, (batch, *event) -> like it.
       b: right-hand sides.
       iterations: fixed; the number of entries of an example is enough in exact arithmetic.
+
+    Raises:
+      ValueError: a matrix that changes the shape, iterations < 0.
+      TypeError: b not floating point, iterations no integer.
     """
     check_array(b, "b")
+    check_count(iterations, "iterations", 0)
     inner = lambda a, b: sum_event(a * b)
     least = (jnp.finfo(b.dtype).eps ** 2) * inner(b, b)
 
     def step(_, carry):
         u, r, p, rr = carry
         q = matrix(p)
+        if getattr(q, "shape", None) != p.shape:
+            raise ValueError(
+                f"matrix must return the shape of its argument, {p.shape}; got {jax.tree.map(jnp.shape, q)}"
+            )
         curvature = inner(p, q)
         go = (rr > least) & (curvature > 0)
         size = jnp.where(go, rr / jnp.where(go, curvature, 1), 0)
@@ -206,18 +225,27 @@ def conjugate_gradients(matrix: Callable[[Array], Array], b: Array, iterations: 
     return jax.lax.fori_loop(0, iterations, step, (jnp.zeros_like(b), b, b, inner(b, b)))[0]
 
 
+def check_example(x: Array, operator: LinearOperator) -> None:
+    """Raise ValueError unless x holds examples of the operator's shape."""
+    if x.shape[1:] != tuple(operator.shape):
+        raise ValueError(f"x must have shape (batch, {', '.join(map(str, operator.shape))}), got {x.shape}")
+
+
 def diagonal(operator: LinearOperator, y: Array) -> Array:
     """Return the diagonal of A A^T in y's dtype, broadcastable to y.
 
     Raises:
-      ValueError: A A^T is not diagonal, or not known to be.
+      ValueError: A A^T is not diagonal, or not known to be, or of another shape than y.
     """
     if operator.diagonal is None:
         raise ValueError("this needs an operator whose A A^T is diagonal, with its `diagonal` given")
-    return jnp.asarray(operator.diagonal).astype(y.dtype).reshape(jnp.shape(operator.diagonal) or (1,) * y.ndim)
+    shape = jnp.shape(operator.diagonal) or (1,) * y.ndim
+    if len(shape) != y.ndim or any(m not in (1, n) for m, n in zip(shape, y.shape)):
+        raise ValueError(f"y must fit the operator's diagonal of shape {shape}, got {y.shape}")
+    return jnp.asarray(operator.diagonal).astype(y.dtype).reshape(shape)
 
 
 def _image(shape):
-    if len(shape) != 3:
-        raise ValueError(f"images of shape (height, width, channels) are needed, got {tuple(shape)}")
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"shape must be that of images, (height, width, channels), got {tuple(shape)}")
     return tuple(shape)

@@ -12,9 +12,10 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jdiff._typing import PyTree
 from jdiff.training import LossFn, TrainState, apply_gradient, make_train_step, mean_gradient
 
-PyTree = Any
+__all__ = ["data_mesh", "data_parallel", "place", "replicate", "shard_batch", "start_processes", "state_sharding"]
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None, *, fsdp: int = 1) -> Mesh:
@@ -202,7 +203,7 @@ def data_parallel(
     if how == "pmap":
         if sharding is not None:
             raise ValueError("how='pmap' keeps the whole state on every device; use 'jit' or 'shard_map'")
-        options = {"ema_decay": ema_decay, "ema_warmup": ema_warmup, "accumulate": accumulate}
+        options: dict[str, Any] = {"ema_decay": ema_decay, "ema_warmup": ema_warmup, "accumulate": accumulate}
         step = _pmap(make_train_step(loss_fn, tx, axis_name=mesh.axis_names, **options), mesh)
     else:
         axes = mesh.axis_names if how == "shard_map" else None
@@ -237,7 +238,7 @@ def data_parallel(
         in_shardings=(state_place, everywhere, NamedSharding(mesh, rows)),
         out_shardings=(state_place, everywhere),
         donate_argnums=(0,) if donate else (),
-        compiler_options=compiler_options,
+        compiler_options=None if compiler_options is None else dict(compiler_options),
     )
 
 

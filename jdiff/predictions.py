@@ -3,13 +3,16 @@
 Every prediction is a x_0 + b eps with scalars (a, b) of t: x0 (1, 0), eps (0, 1), v (-sigma, alpha), score (0,
 -1/sigma), velocity (alpha', sigma'). Together with x_t = alpha x_0 + sigma eps that makes all conversions one 2x2
 inverse.
+
+When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
+TypeError for states, times or numbers of another kind than they must be.
 """
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jdiff._array import batch_time, call, check_array, expand, lincomb
+from jdiff._array import as_floating, batch_time, call, check_array, check_like, expand, lincomb
 from jdiff._typing import KINDS, Array, Field, Kind, Process
 from jdiff.processes import rates
 
@@ -54,6 +57,9 @@ def conversion(process: Process, t: Array, src: Kind, dst: Kind) -> tuple[Array,
     Raises:
       ValueError: unknown kind.
     """
+    check_kind(src)
+    check_kind(dst)
+    t = as_floating(t)
     alpha, sigma = process.marginal(t)
     a, b = coefficients(process, t, src)
     c, d = coefficients(process, t, dst)
@@ -78,14 +84,16 @@ def convert(process: Process, pred: Array, x: Array, t: Array, src: Kind, dst: K
       ValueError: unknown kind, or shapes that disagree.
     """
     check_array(x)
-    if pred.shape != x.shape:
-        raise ValueError(f"the prediction must have the shape of x, {x.shape}; got {pred.shape}")
+    check_like(pred, x, "pred")
     p, q = conversion(process, batch_time(t, x), src, dst)
     return lincomb((p, x), (q, pred))
 
 
 def split(process: Process, pred: Array, x: Array, t: Array, src: Kind) -> tuple[Array, Array]:
-    """Return the pair (x_0, eps) that a prediction of kind src at (x, t) stands for."""
+    """Return the pair (x_0, eps) that a prediction of kind src at (x, t) stands for.
+
+    Arguments and errors as in `convert`.
+    """
     return convert(process, pred, x, t, src, "x0"), convert(process, pred, x, t, src, "eps")
 
 

@@ -2,18 +2,31 @@
 
 A process is a frozen dataclass with one method, `marginal(t) -> (alpha, sigma)`. Drift, diffusion, log-SNR, priors and
 perturbations are functions of any object with that method, so a user's process needs nothing else.
+
+Times are in [0, t_max]; values elsewhere mean nothing. Functions of times raise TypeError where these are not real.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from jdiff._array import batch_time, check_array, example_keys, expand, normal_like, sum_event
+from jdiff._array import (
+    as_floating,
+    batch_time,
+    check_array,
+    check_like,
+    check_shape,
+    example_keys,
+    expand,
+    normal_like,
+    sum_event,
+)
 from jdiff._pytree import register_dataclass
 from jdiff._typing import Array, Key, Process
 
@@ -36,12 +49,17 @@ __all__ = [
 ]
 
 
-def _static(default: float):
+_Class = TypeVar("_Class", bound=type)
+
+
+def _static(*, default: float) -> Any:
     return dataclasses.field(default=default, metadata={"static": True})
 
 
-def _process(cls):
-    return register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+@dataclass_transform(frozen_default=True, field_specifiers=(_static,))
+def _process(cls: _Class) -> _Class:
+    dataclasses.dataclass(frozen=True)(cls)
+    return register_dataclass(cls)
 
 
 def _integrated_beta(process, t):
@@ -69,16 +87,16 @@ class VP:
 
     beta_min: float = 0.1
     beta_max: float = 20.0
-    t_min: float = _static(1e-5)
-    t_max: float = _static(1.0)
+    t_min: float = _static(default=1e-5)
+    t_max: float = _static(default=1.0)
     prior_std = 1.0
 
-    def marginal(self, t):
+    def marginal(self, t: Array) -> tuple[Array, Array]:
         """Return alpha(t), sigma(t)."""
         b = _integrated_beta(self, t)
         return jnp.exp(-0.5 * b), jnp.sqrt(_one_minus_exp(b))
 
-    def time_at(self, log_snr):
+    def time_at(self, log_snr: Array) -> Array:
         """Return t at a given log alpha^2/sigma^2."""
         return _time_of_integrated_beta(self, jax.nn.softplus(-log_snr))
 
@@ -92,16 +110,16 @@ class SubVP:
 
     beta_min: float = 0.1
     beta_max: float = 20.0
-    t_min: float = _static(1e-5)
-    t_max: float = _static(1.0)
+    t_min: float = _static(default=1e-5)
+    t_max: float = _static(default=1.0)
     prior_std = 1.0
 
-    def marginal(self, t):
+    def marginal(self, t: Array) -> tuple[Array, Array]:
         """Return alpha(t), sigma(t)."""
         b = _integrated_beta(self, t)
         return jnp.exp(-0.5 * b), _one_minus_exp(b)
 
-    def time_at(self, log_snr):
+    def time_at(self, log_snr: Array) -> Array:
         """Return t at a given log alpha^2/sigma^2: sigma/alpha = 2 sinh(B/2)."""
         return _time_of_integrated_beta(self, 2 * jnp.arcsinh(0.5 * jnp.exp(-0.5 * log_snr)))
 
@@ -115,15 +133,15 @@ class VE:
 
     sigma_min: float = 0.01
     sigma_max: float = 50.0
-    t_min: float = _static(1e-5)
-    t_max: float = _static(1.0)
+    t_min: float = _static(default=1e-5)
+    t_max: float = _static(default=1.0)
 
-    def marginal(self, t):
+    def marginal(self, t: Array) -> tuple[Array, Array]:
         """Return alpha(t), sigma(t)."""
         ratio = jnp.log(self.sigma_max / self.sigma_min)
         return jnp.ones_like(t), self.sigma_min * jnp.exp(t * ratio.astype(jnp.result_type(t)))
 
-    def time_at(self, log_snr):
+    def time_at(self, log_snr: Array) -> Array:
         """Return t at a given log alpha^2/sigma^2."""
         low, high = (jnp.log(jnp.asarray(s, log_snr.dtype)) for s in (self.sigma_min, self.sigma_max))
         return (-0.5 * log_snr - low) / (high - low)
@@ -136,24 +154,24 @@ class EDM:
     Its two numbers are the ends of time and therefore static. Karras et al. 2022 (arXiv 2206.00364), table 1.
     """
 
-    sigma_min: float = _static(0.002)
-    sigma_max: float = _static(80.0)
+    sigma_min: float = _static(default=0.002)
+    sigma_max: float = _static(default=80.0)
 
     @property
-    def t_min(self):
+    def t_min(self) -> float:
         """The smallest noise level."""
         return self.sigma_min
 
     @property
-    def t_max(self):
+    def t_max(self) -> float:
         """The largest noise level."""
         return self.sigma_max
 
-    def marginal(self, t):
+    def marginal(self, t: Array) -> tuple[Array, Array]:
         """Return alpha(t), sigma(t)."""
         return jnp.ones_like(t), t
 
-    def time_at(self, log_snr):
+    def time_at(self, log_snr: Array) -> Array:
         """Return t at a given log alpha^2/sigma^2."""
         return jnp.exp(-0.5 * log_snr)
 
@@ -168,17 +186,17 @@ class Cosine:
     """
 
     shift: float = 1.0
-    t_min: float = _static(1e-4)
-    t_max: float = _static(1.0)
+    t_min: float = _static(default=1e-4)
+    t_max: float = _static(default=1.0)
 
-    def marginal(self, t):
+    def marginal(self, t: Array) -> tuple[Array, Array]:
         """Return alpha(t), sigma(t)."""
         # sin of the complement: exactly 0 at t = 1, where cos(pi/2) is not.
         signal, noise = self.shift * jnp.sin(0.5 * jnp.pi * (1 - t)), jnp.sin(0.5 * jnp.pi * t)
         norm = jnp.sqrt(signal**2 + noise**2)
         return signal / norm, noise / norm
 
-    def time_at(self, log_snr):
+    def time_at(self, log_snr: Array) -> Array:
         """Return t at a given log alpha^2/sigma^2."""
         return 2 / jnp.pi * jnp.arctan(self.shift * jnp.exp(-0.5 * log_snr))
 
@@ -190,14 +208,14 @@ class Rectified:
     Liu et al. 2022 (arXiv 2209.03003); Lipman et al. 2022 (arXiv 2210.02747), with data at t = 0.
     """
 
-    t_min: float = _static(1e-5)
-    t_max: float = _static(1.0)
+    t_min: float = _static(default=1e-5)
+    t_max: float = _static(default=1.0)
 
-    def marginal(self, t):
+    def marginal(self, t: Array) -> tuple[Array, Array]:
         """Return alpha(t), sigma(t)."""
         return 1 - t, t
 
-    def time_at(self, log_snr):
+    def time_at(self, log_snr: Array) -> Array:
         """Return t at a given log alpha^2/sigma^2."""
         return jax.nn.sigmoid(-0.5 * log_snr)
 
@@ -211,31 +229,31 @@ class Rates(NamedTuple):
     dsigma: Array
 
 
-def rates(process: Process, t: Array) -> Rates:
+def rates(process: Process, t: Array | float) -> Rates:
     """Return alpha, sigma, d alpha/dt, d sigma/dt at t, by one jvp of the marginal."""
-    t = _as_time(t)
+    t = as_floating(t)
     (alpha, sigma), (dalpha, dsigma) = jax.jvp(process.marginal, (t,), (jnp.ones_like(t),))
     return Rates(alpha, sigma, dalpha, dsigma)
 
 
-def log_snr(process: Process, t: Array) -> Array:
+def log_snr(process: Process, t: Array | float) -> Array:
     """Return log(alpha^2 / sigma^2) at t; it decreases with t, to -inf where alpha = 0.
 
     Where it is infinite its derivative is 0.
     """
-    alpha, sigma = process.marginal(_as_time(t))
+    alpha, sigma = process.marginal(as_floating(t))
     # A derivative of log at 0 would be infinite, and NaN where it meets the fixed end of a grid.
     log = lambda c: jnp.where(c == 0, -jnp.inf, jnp.log(jnp.where(c == 0, 1, c)))
     return 2 * (log(alpha) - log(sigma))
 
 
-def time_at(process: Process, log_snr_value: Array) -> Array:
+def time_at(process: Process, log_snr_value: Array | float) -> Array:
     """Return the time in [0, t_max] at which log(alpha^2/sigma^2) has the given value.
 
     Uses `process.time_at` where there is one, else 64 bisections and one Newton step, which also carries the
     derivatives (the bisection itself is held constant).
     """
-    target = _as_time(log_snr_value)
+    target = as_floating(log_snr_value, "log_snr_value")
     if hasattr(process, "time_at"):
         return jnp.clip(process.time_at(target), 0, process.t_max)
 
@@ -253,26 +271,25 @@ def time_at(process: Process, log_snr_value: Array) -> Array:
     return jnp.clip(t - jnp.where(jnp.isfinite(step), step, 0), 0, process.t_max)
 
 
-def squared_diffusion(process: Process, t: Array) -> Array:
+def squared_diffusion(process: Process, t: Array | float) -> Array:
     """Return g^2 = 2 sigma (sigma' - alpha'/alpha sigma) at t, infinite where alpha = 0.
 
     The diffusion of the linear SDE with these marginals: Kingma et al. 2021 (arXiv 2107.00630), eq. 2 in time t; for
     VP, SubVP and VE it is Song et al. 2021's g^2.
     """
     # At t = 0 sigma' may be infinite where g is not (VP: g^2 = beta_min): the limit is taken from above.
-    alpha, sigma, dalpha, dsigma = rates(process, jnp.maximum(_as_time(t), 1e-12 * process.t_max))
+    alpha, sigma, dalpha, dsigma = rates(process, jnp.maximum(as_floating(t), 1e-12 * process.t_max))
     return 2 * sigma * (dsigma - dalpha / alpha * sigma)
 
 
-def perturb(process: Process, x0: Array, eps: Array, t: Array) -> Array:
+def perturb(process: Process, x0: Array, eps: Array, t: Array | float) -> Array:
     """Return x_t = alpha_t x_0 + sigma_t eps for x0, eps of shape (batch, *event) and t scalar or (batch,).
 
     Raises:
       ValueError, TypeError: shapes or dtypes that do not fit.
     """
     check_array(x0, "x0")
-    if eps.shape != x0.shape:
-        raise ValueError(f"eps must have the shape of x0, {x0.shape}; got {eps.shape}")
+    check_like(eps, x0, "eps", "x0")
     alpha, sigma = process.marginal(batch_time(t, x0))
     return expand(alpha, x0) * x0 + expand(sigma, x0) * eps
 
@@ -284,27 +301,26 @@ def prior_std(process: Process) -> Array | float:
     return process.marginal(jnp.asarray(process.t_max))[1]
 
 
-def prior_sample(key: Key, process: Process, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+def prior_sample(key: Key, process: Process, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
     """Draw from the prior N(0, prior_std^2 I); shape is (batch, *event), key one key or one per example.
 
     Raises:
-      ValueError: shape has no batch axis, or keys of another number.
+      ValueError: shape has no batch axis or no entries, or keys of another number.
       TypeError: key is not a typed threefry key.
     """
-    if len(shape) < 1:
-        raise ValueError("shape must be (batch, *event), got ()")
+    check_shape(shape)
     noise = normal_like(example_keys(key, shape[0]), jax.ShapeDtypeStruct(shape, dtype))
     return expand(prior_std(process), noise) * noise
 
 
 def prior_log_prob(process: Process, x: Array) -> Array:
-    """Return log N(x; 0, prior_std^2 I) in nats, shape (batch,), for x of shape (batch, *event)."""
+    """Return log N(x; 0, prior_std^2 I) in nats, shape (batch,), for x of shape (batch, *event).
+
+    Raises:
+      ValueError: x has no batch axis.
+      TypeError: x is not floating point.
+    """
     check_array(x)
     std = jnp.asarray(prior_std(process), x.dtype)
     size = math.prod(x.shape[1:])
     return -0.5 * sum_event((x / std) ** 2) - size * (jnp.log(std) + 0.5 * math.log(2 * math.pi))
-
-
-def _as_time(t):
-    t = jnp.asarray(t)
-    return t if jnp.issubdtype(t.dtype, jnp.floating) else t.astype(jnp.float32)

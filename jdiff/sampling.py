@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import jax.numpy as jnp
 import numpy as np
 
-from jdiff._array import call, check_grid, example_keys, fold_in, is_concrete
+from jdiff._array import call, check_grid, check_shape, example_keys, fold_in, is_concrete
 from jdiff._typing import Array, Field, Key, Process
 from jdiff.processes import prior_sample
 from jdiff.solvers.base import Solver, integrate
 
 __all__ = ["sample"]
+
+
+@overload
+def sample(
+    key: Key,
+    process: Process,
+    solver: Solver,
+    shape: tuple[int, ...],
+    ts: Array,
+    *,
+    denoise: Field | None = None,
+    path: Literal[False] = False,
+) -> Array: ...
+
+
+@overload
+def sample(
+    key: Key,
+    process: Process,
+    solver: Solver,
+    shape: tuple[int, ...],
+    ts: Array,
+    *,
+    denoise: Field | None = None,
+    path: Literal[True],
+) -> tuple[Array, Array]: ...
 
 
 def sample(
@@ -49,12 +77,11 @@ def sample(
         first, *_, last = np.asarray(ts, float).tolist()
         if not 0 <= last < first <= process.t_max * (1 + 1e-6):
             raise ValueError(f"ts must lie in the range of the process, 0 to {process.t_max}: got {first} to {last}")
-    if len(shape) < 1 or shape[0] < 1:
-        raise ValueError(f"shape must be (batch, *event) with batch >= 1, got {tuple(shape)}")
+    check_shape(shape, 1)
     ts = jnp.asarray(ts)
     keys = example_keys(key, shape[0])
     x = prior_sample(fold_in(keys, 0), process, shape, ts.dtype)
     x, states = integrate(fold_in(keys, 1), solver, x, ts, path=path)
     if denoise is not None:
         x = call(denoise, x, ts[-1])
-    return (x, states) if path else x
+    return x if states is None else (x, states)

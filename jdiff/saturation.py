@@ -2,13 +2,18 @@
 
 Both act on x_0, whatever the field's kind: x_0 = p x + q prediction (`jdiff.predictions.conversion`), and what is added
 to x_0 is added to the prediction in proportion. Neither is linear, so neither commutes with the conversions.
+
+When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
+TypeError for states, times or numbers of another kind than they must be.
 """
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 
-from jdiff._array import batch_time, call, check_array, expand, lincomb
+from jdiff._array import batch_time, call, check_array, expand, flat, lincomb, scalars
 from jdiff._typing import Array, Field, Kind, Process
 from jdiff.guidance import Adjust
 from jdiff.predictions import check_kind, conversion
@@ -38,7 +43,7 @@ def rescale(process: Process, mix: Array | float = 0.7, *, predict: Kind) -> Adj
         def change(x0):
             found = _spread(x0)
             ratio = jnp.where(found > 0, wanted / jnp.where(found > 0, found, 1), 1)
-            return lincomb((mix * (ratio - 1), x0))
+            return lincomb((scalars(mix, x0, "mix") * (ratio - 1), x0))
 
         return _add_to_x0(process, guided, x, t, predict, change)
 
@@ -68,13 +73,13 @@ def threshold(
     check_kind(predict)
     if not 0 <= quantile <= 1:
         raise ValueError(f"quantile must be in [0, 1], got {quantile}")
-    if not low < high:
-        raise ValueError(f"low must be below high, got {low} and {high}")
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"low must be below high, both finite; got {low} and {high}")
     middle, half = 0.5 * (low + high), 0.5 * (high - low)
 
     def change(x0):
         y = (x0 - middle) / half
-        largest = expand(jnp.maximum(1, jnp.quantile(jnp.abs(y).reshape(len(y), -1), quantile, axis=1)), y)
+        largest = expand(jnp.maximum(1, jnp.quantile(flat(jnp.abs(y)), jnp.asarray(quantile, y.dtype), axis=1)), y)
         return half * (jnp.clip(y, -largest, largest) / largest - y)
 
     def thresholded(x, t):
@@ -86,7 +91,7 @@ def threshold(
 
 
 def _spread(x0):
-    return jnp.std(x0.reshape(len(x0), -1), axis=1)
+    return jnp.std(flat(x0), axis=1)
 
 
 def _x0(process, pred, x, t, predict):

@@ -79,7 +79,7 @@ def sliced(
     value, traces = _derivatives(score, x, t, tangents)
     if reduce_variance:
         return 0.5 * sum_event(value**2) + jnp.mean(traces, axis=1)
-    slices = jnp.sum((tangents * value[None]).reshape(*tangents.shape[:2], -1), axis=-1)
+    slices = jnp.sum(tangents * value[None], axis=tuple(range(2, tangents.ndim)))
     return 0.5 * jnp.mean(slices**2, axis=0) + jnp.mean(traces, axis=1)
 
 

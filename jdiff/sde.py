@@ -2,6 +2,9 @@
 
 dx = drift(x, t) dt + diffusion(x, t) dw with diagonal noise. Time runs from data to noise; sampling integrates with
 decreasing t, where dt is negative and the noise has variance |dt|.
+
+When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
+TypeError for states, times or numbers of another kind than they must be.
 """
 
 from __future__ import annotations
@@ -12,12 +15,12 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import batch_time, call, expand, is_concrete, lincomb
+from jdiff._array import as_floating, batch_time, call, check_positive, expand, lincomb, scalars
 from jdiff._typing import Array, Field, Kind, Process, PyTree
 from jdiff.predictions import check_kind, conversion
 from jdiff.processes import log_snr, rates, squared_diffusion, time_at
 
-__all__ = ["SDE", "forward", "in_noise_time", "noise_time", "probability_flow", "reverse", "reverse_sde"]
+__all__ = ["SDE", "NoiseTime", "forward", "in_noise_time", "noise_time", "probability_flow", "reverse", "reverse_sde"]
 
 NoiseTime = Literal["log_snr", "asinh", "angle"]
 
@@ -75,13 +78,14 @@ def reverse(
     check_kind(predict)
 
     def w(t):
+        eta_t = scalars(eta, t, "eta")
         if diffusion is not None:
-            return eta * diffusion(t)
+            return eta_t * diffusion(t)
         alpha, sigma, dalpha, dsigma = rates(process, t)
         ends_without_signal = process.marginal(jnp.asarray(process.t_max, t.dtype))[0] == 0
         safe = jnp.where(ends_without_signal, 1, alpha)
         g = jnp.sqrt(2 * sigma * (dsigma - dalpha / safe * sigma))
-        return eta * jnp.where(ends_without_signal, sigma, g)
+        return eta_t * jnp.where(ends_without_signal, sigma, g)
 
     def drift(x, t):
         t = batch_time(t, x)
@@ -120,7 +124,7 @@ def noise_time(process: Process, t: Array, variable: NoiseTime, *, scale: float 
     _check_noise_time(variable, scale)
     if variable == "log_snr":
         return -0.5 * log_snr(process, t)
-    alpha, sigma = process.marginal(jnp.asarray(t, jnp.result_type(t, 1.0)))
+    alpha, sigma = process.marginal(as_floating(t))
     return jnp.arcsinh(sigma / (scale * alpha)) if variable == "asinh" else jnp.arctan2(sigma, alpha)
 
 
@@ -161,8 +165,7 @@ def in_noise_time(process: Process, ode: SDE, variable: NoiseTime, *, scale: flo
 
 
 def _check_noise_time(variable, scale):
-    if is_concrete(scale) and not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be positive and finite, got {scale}")
+    check_positive(scale, "scale")
     if variable not in get_args(NoiseTime):
         raise ValueError(f"unknown variable {variable!r}; choose one of {', '.join(get_args(NoiseTime))}")
 
@@ -179,19 +182,20 @@ def reverse_sde(sde: SDE, score: Field, *, eta: Array | float = 1.0) -> SDE:
     """
     if sde.diffusion is None:
         raise ValueError("an ODE is its own reverse: run it with decreasing times")
+    diffusion = sde.diffusion
 
     def drift(x, t):
         t = batch_time(t, x)
-        half = 0.5 * (1 + jnp.asarray(eta, t.dtype) ** 2)
+        half = 0.5 * (1 + scalars(eta, x, "eta") ** 2)
 
         def g2(x):
-            return jax.tree.map(jnp.square, call(sde.diffusion, x, t))
+            return jax.tree.map(jnp.square, call(diffusion, x, t))
 
         squared, divergence = jax.jvp(g2, (x,), (jax.tree.map(jnp.ones_like, x),))
         pull = jax.tree.map(lambda g2, s, div: div + g2 * s, squared, call(score, x, t), divergence)
         return lincomb((1.0, call(sde.drift, x, t)), (-half, pull))
 
-    return SDE(drift, lambda x, t: lincomb((eta, call(sde.diffusion, x, t))))
+    return SDE(drift, lambda x, t: lincomb((scalars(eta, x, "eta"), call(diffusion, x, t))))
 
 
 def _spread(w):

@@ -8,7 +8,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-PyTree = Any
+from jdiff._array import check_count, check_positive
+from jdiff._typing import PyTree
+
+__all__ = [
+    "LossFn",
+    "TrainState",
+    "adam",
+    "apply_gradient",
+    "example_keys",
+    "init_state",
+    "learning_rate",
+    "make_train_step",
+    "mean_gradient",
+    "shared_key",
+]
+
 LossFn = Callable[[PyTree, jax.Array, Mapping[str, Any]], tuple[jax.Array, Mapping[str, jax.Array]]]
 
 
@@ -64,9 +79,9 @@ def example_keys(key: jax.Array, step: jax.Array | int, index: jax.Array) -> jax
         raise TypeError(f"key must be a threefry2x32 key, got {jax.random.key_impl(key)}")
     if key.shape:
         raise TypeError(f"key must be one key, got shape {key.shape}")
-    index = jnp.asarray(index)
-    if not jnp.issubdtype(index.dtype, jnp.integer):
-        raise TypeError(f"index must be integers, got {index.dtype}")
+    dtype = getattr(index, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"index must be an array of integers, got {dtype or type(index).__name__}")
     if index.ndim != 1:
         raise ValueError(f"index must have shape (batch,), got {index.shape}")
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), index)
@@ -116,6 +131,7 @@ def make_train_step(
 
     Raises:
         ValueError: `ema_decay` outside [0, 1), `accumulate` below 1.
+        TypeError: `accumulate` is no integer.
     """
     gradient = mean_gradient(loss_fn, accumulate=accumulate, axis_name=axis_name)
     apply = apply_gradient(tx, ema_decay=ema_decay, ema_warmup=ema_warmup)
@@ -161,10 +177,9 @@ def mean_gradient(
 
     Raises:
         ValueError: `accumulate` below 1; while tracing, a batch that it does not divide, or weights of another shape.
-        TypeError: while tracing, a mask that is not bool.
+        TypeError: `accumulate` is no integer; while tracing, a mask that is not bool, weights that are not real.
     """
-    if accumulate < 1:
-        raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+    check_count(accumulate, "accumulate")
 
     def mean_loss(params, keys, share, batch):
         loss, metrics = loss_fn(params, keys, batch)
@@ -261,11 +276,10 @@ def learning_rate(peak: float, *, warmup: int = 0, total: int | None = None) -> 
     Raises:
         ValueError: a value out of range.
     """
-    if not peak > 0:
-        raise ValueError(f"peak must be positive, got {peak}")
-    if warmup < 0:
+    check_positive(peak, "peak")
+    if not 0 <= warmup < math.inf:
         raise ValueError(f"warmup must be >= 0, got {warmup}")
-    if total is not None and total <= warmup:
+    if total is not None and not total > warmup:
         raise ValueError(f"total must exceed warmup = {warmup}, got {total}")
 
     def schedule(step):
@@ -305,7 +319,7 @@ def adam(
     for name, value in {"b1": b1, "b2": b2}.items():
         if not 0.0 <= value < 1.0:
             raise ValueError(f"{name} must lie in [0, 1), got {value}")
-    if not eps > 0 or weight_decay < 0 or (clip is not None and not clip > 0):
+    if not eps > 0 or not weight_decay >= 0 or (clip is not None and not clip > 0):
         raise ValueError(
             "eps and clip must be positive and weight_decay >= 0, "
             f"got eps={eps}, clip={clip}, weight_decay={weight_decay}"
@@ -332,15 +346,17 @@ def _wide(dtype):
 
 def _share(batch, shape, axis_name):
     """Weights over their mean in the global batch: means of shares are weighted means, part by part. None: all one."""
-    given = {name: jnp.asarray(batch[name]) for name in ("weight", "mask") if name in batch}
+    given = {name: batch[name] for name in ("weight", "mask") if name in batch}
     if not given:
         return None
     for name, value in given.items():
+        if not hasattr(value, "dtype") or jnp.issubdtype(value.dtype, jnp.complexfloating):
+            raise TypeError(f"batch[{name!r}] must be an array of real numbers, got {value!r}")
         if value.shape != shape:
             raise ValueError(f"batch[{name!r}] must have shape {shape}, one number per example, got {value.shape}")
     if "mask" in given and given["mask"].dtype != bool:
         raise TypeError(f'batch["mask"] must be bool, got {given["mask"].dtype}; numbers are a "weight"')
-    weight = math.prod(value.astype(jnp.float32) for value in given.values())
+    weight = math.prod(jnp.asarray(value).astype(jnp.float32) for value in given.values())
     mean = jnp.mean(weight)
     mean = mean if axis_name is None else jax.lax.pmean(mean, axis_name)
     return weight / jnp.where(mean == 0, 1.0, mean)

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from jdiff._array import example_keys, sum_event
+from jdiff._array import check_array, example_keys, sum_event
 from jdiff._pytree import register_dataclass
 from jdiff._typing import Array, Key
 
@@ -45,7 +46,7 @@ class DataTransform:
     centered: bool = dataclasses.field(default=True, metadata={"static": True})
     logit: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    def dequantise(self, key: Key, x: Array, *, dtype=jnp.float32) -> Array:
+    def dequantise(self, key: Key, x: Array, *, dtype: DTypeLike = jnp.float32) -> Array:
         """Uniform dequantisation (x + u) / L, u ~ U(0, 1) per entry (Theis et al. 2016, arXiv 1511.01844, section 3.1).
 
         u is drawn from the midpoints of 2^n equal cells, as fine as the dtype resolves next to the levels, so that
@@ -69,7 +70,7 @@ class DataTransform:
         draw = jax.vmap(lambda k: jax.random.uniform(k, x.shape[1:], dtype))
         return self._dequantised(x, (jnp.floor(draw(keys) * cells) + 0.5) / cells)
 
-    def rescale(self, x: Array, *, dtype=jnp.float32) -> Array:
+    def rescale(self, x: Array, *, dtype: DTypeLike = jnp.float32) -> Array:
         """Noiseless x / (L - 1): levels spread over the closed unit interval, to train without dequantisation.
 
         A density of such images says nothing about the probability of levels. `inverse` still returns the levels (in
@@ -100,14 +101,15 @@ class DataTransform:
         Raises:
           TypeError: x is not floating point.
         """
-        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-            raise TypeError(f"x must be floating point, got dtype {jnp.result_type(x)}")
+        dtype = getattr(x, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"x must be an array of floating point, got {dtype or type(x).__name__}")
         x = x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
         unit = 0.5 * (x + 1.0) if self.centered else x
         if self.logit:
             unit = (jax.nn.sigmoid(x) - _MARGIN) / (1 - 2 * _MARGIN)
-        dtype = jnp.uint8 if self.levels <= 2**8 else jnp.uint16 if self.levels <= 2**16 else jnp.int32
-        return jnp.clip(jnp.floor(unit * self.levels), 0, self.levels - 1).astype(dtype)
+        smallest = jnp.uint8 if self.levels <= 2**8 else jnp.uint16 if self.levels <= 2**16 else jnp.int32
+        return jnp.clip(jnp.floor(unit * self.levels), 0, self.levels - 1).astype(smallest)
 
     @property
     def width(self) -> float:
@@ -119,7 +121,7 @@ class DataTransform:
         self._check_affine()
         return (2.0 if self.centered else 1.0) / self.levels
 
-    def center(self, x: Array, *, dtype=jnp.float32) -> Array:
+    def center(self, x: Array, *, dtype: DTypeLike = jnp.float32) -> Array:
         """The middle of each level's cell in the model space, forward((x + 1/2) / L).
 
         Raises:
@@ -140,13 +142,18 @@ class DataTransform:
         """
         self._check_affine()
         _check_levels(self.levels)
-        return _event_size(event_shape) * (math.log(2.0 if self.centered else 1.0) - math.log(self.levels))
+        return size_of(event_shape) * (math.log(2.0 if self.centered else 1.0) - math.log(self.levels))
 
     def log_det_at(self, x: Array) -> Array:
         """`log_det` at points of the model space (batch, *event), shape (batch,): where the map is no affine one.
 
         The logit's is sum log(1 - 2 m) + softplus(x) + softplus(-x) - log L.
+
+        Raises:
+          ValueError: x has no batch axis, or levels below 2.
+          TypeError: x is not floating point.
         """
+        check_array(x)
         if not self.logit:
             return jnp.full_like(x, self.log_det(x.shape[1:]), shape=x.shape[:1])
         _check_levels(self.levels)
@@ -162,8 +169,10 @@ class DataTransform:
 
     def _check(self, x: Array) -> int:
         _check_levels(self.levels)
-        if not jnp.issubdtype(jnp.result_type(x), jnp.integer):
-            raise TypeError(f"x must hold integer levels 0 to {self.levels - 1}, got dtype {jnp.result_type(x)}")
+        dtype = getattr(x, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+            got = type(x).__name__ if dtype is None else f"dtype {dtype}"
+            raise TypeError(f"x must hold integer levels 0 to {self.levels - 1}, got {got}")
         if jnp.ndim(x) < 1:
             raise ValueError("x needs a leading batch axis, got a scalar")
         return jnp.shape(x)[0]
@@ -183,7 +192,7 @@ def bits_per_dim(log_prob: Array, transform: DataTransform, event_shape: Sequenc
     Raises:
       ValueError: event_shape is not a shape of positive sizes, or levels below 2.
     """
-    return -(log_prob + transform.log_det(event_shape)) / (_event_size(event_shape) * math.log(2.0))
+    return -(log_prob + transform.log_det(event_shape)) / (size_of(event_shape) * math.log(2.0))
 
 
 def random_flip(key: Key, x: Array) -> Array:
@@ -197,14 +206,15 @@ def random_flip(key: Key, x: Array) -> Array:
       ValueError: x has another rank, or there is another number of keys.
       TypeError: key is not a typed threefry key.
     """
-    if jnp.ndim(x) != 4:
-        raise ValueError(f"x must be images of shape (batch, height, width, channels), got shape {jnp.shape(x)}")
+    if getattr(x, "ndim", 0) != 4:
+        got = getattr(x, "shape", type(x).__name__)
+        raise ValueError(f"x must be images of shape (batch, height, width, channels), got {got}")
     keys = example_keys(key, x.shape[0])
     flipped = jax.vmap(jax.random.bernoulli)(keys)
     return jnp.where(flipped[:, None, None, None], x[:, :, ::-1], x)
 
 
-def _noise_bits(levels: int, dtype) -> int:
+def _noise_bits(levels: int, dtype: DTypeLike) -> int:
     """The bits of u that survive (x + u) / L, 2 unit - 1 and back: mantissa less level, two for rounding."""
     bits = jnp.finfo(dtype).nmant - 2 - math.ceil(math.log2(levels))
     if bits < 4:
@@ -217,7 +227,8 @@ def _check_levels(levels: int) -> None:
         raise ValueError(f"levels must be an integer of at least 2, got {levels!r}")
 
 
-def _event_size(event_shape: Sequence[int]) -> int:
+def size_of(event_shape: Sequence[int]) -> int:
+    """Return the product of a shape of positive sizes; raise ValueError for anything else."""
     if not isinstance(event_shape, tuple | list) or not all(isinstance(n, int) and n > 0 for n in event_shape):
         raise ValueError(f"event_shape must be a tuple of positive sizes, got {event_shape!r}")
     return math.prod(event_shape)

@@ -52,7 +52,7 @@ def test_times_of_half_precision_states_are_float32_but_fields_see_the_dtype_of_
         (np.zeros(2, np.float32), ValueError, r"shape \(3,\).*got \(2,\)"),
         (np.zeros((3, 1), np.float32), ValueError, r"got \(3, 1\)"),
         (np.zeros(3, np.int32), TypeError, "floating point, got dtype int32"),
-        (1j, TypeError, "floating point"),
+        (1j, TypeError, "real number"),
     ],
 )
 def test_bad_times(t, error, match):

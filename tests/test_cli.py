@@ -148,7 +148,7 @@ def test_a_wrong_config_json_names_the_field(config):
         ({"loss.times.name": "lognormal"}, r"loss.times.name = 'lognormal'.*log_normal"),
         ({"loss.times.options": {"mean": 0.0}}, r"loss.times importance has no option 'mean'"),
         ({"loss.times": {"name": "log_normal", "options": {"std": -1.0}}}, r"std"),
-        ({"loss.times.shift": 0.0}, r"shift must be positive, got 0.0"),
+        ({"loss.times.shift": 0.0}, r"shift must be positive and finite, got 0.0"),
         ({"loss.coupling": "optimal"}, r"loss.coupling = 'optimal'.*optimal_transport"),
         (
             {"loss.name": "maximum_likelihood", "loss.coupling": "optimal_transport"},

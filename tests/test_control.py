@@ -213,5 +213,5 @@ def test_mistakes_are_named():
         control.moment_matching(process, field, OPERATOR, jnp.zeros((1, 2)), iterations=0)
     with pytest.raises(ValueError, match="std must be positive, got 0"):
         control.dps(process, field, OPERATOR.forward, jnp.zeros((1, 2)), 0.0)
-    with pytest.raises(ValueError, match="least must be positive, got 0"):
+    with pytest.raises(ValueError, match="least must be positive and finite, got 0"):
         control.pseudoinverse(process, field, OPERATOR, jnp.zeros((1, 2)), least=0)

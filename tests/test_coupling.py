@@ -91,10 +91,10 @@ def test_flow_matching_on_the_pairs_is_straight():
 
 def test_bad_input():
     x = jnp.zeros((6, 2))
-    with pytest.raises(ValueError, match=r"one shape, got \(6, 2\) and \(5, 2\)"):
+    with pytest.raises(ValueError, match=r"x1 must have the shape of x0, \(6, 2\); got \(5, 2\)"):
         coupling.optimal_transport(x, x[:5])
     for group in (0, 4):
-        with pytest.raises(ValueError, match=f"divide the batch of 6, got {group}"):
+        with pytest.raises(ValueError, match="group must"):
             coupling.optimal_transport(x, x, group=group)
     with pytest.raises(ValueError, match=r"labels must have shape \(6,\), got \(5,\)"):
         coupling.optimal_transport(x, x, labels=jnp.zeros(5, jnp.int32))

@@ -211,7 +211,7 @@ def test_a_sample_depends_on_its_own_key_and_measurement_alone():
             lambda: editing.replacement(PROCESS, None, operators.linear(lambda x: 2 * x, (4,)), jnp.ones((2, 4))),
             "is diagonal",
         ),
-        (lambda: editing.slerp(jnp.ones((2, 3)), jnp.ones((1, 3)), 0.5), "one shape"),
+        (lambda: editing.slerp(jnp.ones((2, 3)), jnp.ones((1, 3)), 0.5), "the shape of a"),
         (
             lambda: editing.repaint(
                 jax.random.key(0),
@@ -230,7 +230,7 @@ def test_a_sample_depends_on_its_own_key_and_measurement_alone():
             lambda: editing.repaint(
                 jax.random.key(0), PROCESS, None, None, None, jnp.ones((2, 3)), jnp.array([0.5, 0.1]), jump=0
             ),
-            "jump >= 1",
+            "jump must be at least 1",
         ),
     ],
 )

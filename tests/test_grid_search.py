@@ -177,7 +177,7 @@ def test_bad_input():
     exact, ts, path = candidates(process, 8, batch=2)
     search = lambda *args, **options: grid_search.best_grid(process, exact.denoise, *args, **options)
     for n in (0, 9):
-        with pytest.raises(ValueError, match="n must be from 1 to 8"):
+        with pytest.raises(ValueError, match="n must be"):
             search(path, ts, n)
     with pytest.raises(ValueError, match="power must be positive"):
         search(path, ts, 3, power=0.0)
@@ -198,7 +198,7 @@ def test_bad_input_to_refine():
     refine = lambda *args, **options: grid_search.refine_grid(solvers.ddim(process, exact.denoise), *args, **options)
     with pytest.raises(ValueError, match="shape of x"):
         refine(x, end[:1], ts)
-    with pytest.raises(ValueError, match="iterations must be positive"):
+    with pytest.raises(ValueError, match="iterations must be at least 1"):
         refine(x, end, ts, iterations=0)
     with pytest.raises(ValueError, match="monotone"):
         refine(x, end, ts.at[2].set(ts[1]))

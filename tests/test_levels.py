@@ -306,7 +306,7 @@ def test_bad_input():
     prior, net = jnp.asarray(LOG_PRIOR), _net(jnp.asarray(LOGITS))
     with pytest.raises(ValueError, match="unknown"):
         level_field(process, net, prior, predict="noise")
-    with pytest.raises(ValueError, match=r"low must be below high, got 1.0 and 1.0"):
+    with pytest.raises(ValueError, match=r"low must be below high, both finite; got 1.0 and 1.0"):
         level_field(process, net, prior, low=1.0)
     with pytest.raises(ValueError, match=r"edges must have shape \(18,\), one more than levels, got \(17,\)"):
         level_field(process, net, prior, edges=jnp.linspace(-1, 1, 17))

@@ -227,7 +227,7 @@ def test_bad_input():
         run(eps=x0[:, :1])
     with pytest.raises(ValueError, match="gamma must be positive, got 0"):
         losses.min_snr(0)
-    with pytest.raises(ValueError, match="sigma_data must be positive, got -1"):
+    with pytest.raises(ValueError, match="sigma_data must be positive and finite, got -1"):
         losses.edm(-1)
 
 

@@ -96,5 +96,5 @@ def test_psnr(x64):
     y = jnp.array([[[0.1, 0.9]], [[1.0, 0.0]]])
     np.testing.assert_allclose(metrics.psnr(x, y, 1.0), [20.0, 10 * np.log10(2)])
     np.testing.assert_allclose(metrics.psnr(2 * x, 2 * y, 2.0), metrics.psnr(x, y, 1.0))
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="the shape of x"):
         metrics.psnr(x, y[:1], 1.0)

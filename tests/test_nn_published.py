@@ -8,7 +8,7 @@ import pytest
 
 from jdiff import nn
 from jdiff.importers import score_sde
-from jdiff.nn.conditioning import FourierFeatures, positional_features
+from jdiff.nn.conditioning import _FourierFeatures, positional_features
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def test_positional_features(reference, dim):
 
 def test_fourier_features(reference):
     frequencies = {"params": {"frequencies": jnp.asarray(reference["fourier_frequencies"])}}
-    ours = FourierFeatures(8).apply(frequencies, jnp.log(jnp.asarray(reference["fourier_sigmas"])))
+    ours = _FourierFeatures(8).apply(frequencies, jnp.log(jnp.asarray(reference["fourier_sigmas"])))
     np.testing.assert_allclose(ours, reference["fourier_embedding"], atol=1e-4)
 
 

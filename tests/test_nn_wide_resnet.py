@@ -101,12 +101,12 @@ def test_logits_are_those_of_the_restatement(params, logits):
 
 
 def test_images_are_standardised(params, logits):
-    x = np.asarray(wide_resnet.standardise(3 * X - 2))
+    x = np.asarray(wide_resnet._standardise(3 * X - 2))
     np.testing.assert_allclose(x.mean((1, 2, 3)), 0, atol=1e-6)
     np.testing.assert_allclose(x.std((1, 2, 3)), 1, rtol=1e-5)
     np.testing.assert_allclose(logits(params, 3 * X - 2, T), logits(params, X, T), rtol=1e-3, atol=1e-4)
-    assert np.abs(wide_resnet.standardise(jnp.full((1, 4, 4, 1), 0.5))).max() == 0
-    gradient = jax.grad(lambda x: wide_resnet.standardise(x)[0, 0, 0, 0])(jnp.full((1, 4, 4, 1), 0.5))
+    assert np.abs(wide_resnet._standardise(jnp.full((1, 4, 4, 1), 0.5))).max() == 0
+    gradient = jax.grad(lambda x: wide_resnet._standardise(x)[0, 0, 0, 0])(jnp.full((1, 4, 4, 1), 0.5))
     assert np.isfinite(gradient).all()
 
 

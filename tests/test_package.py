@@ -1,6 +1,8 @@
 """The package as a stranger meets it: light to import, every public name documented, versions that agree."""
 
+import ast
 import configparser
+import functools
 import importlib
 import inspect
 import json
@@ -18,6 +20,7 @@ import jdiff
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODULES = sorted(module.name for module in pkgutil.walk_packages(jdiff.__path__, "jdiff."))
+CALLED = {"__call__", "__getitem__", "__init__", "__len__"}
 PUBLIC = [name for name in MODULES if not any(part.startswith("_") for part in name.split(".")[1:])]
 
 IMPORT = """
@@ -59,22 +62,78 @@ def test_importing_data_is_light():
 
 
 @pytest.mark.parametrize("name", ["jdiff", *PUBLIC])
-def test_public_names_exist_and_are_documented(name):
+def test_public_names_are_declared_sorted_and_documented(name):
     module = importlib.import_module(name)
+    names = list(module.__all__)
+    assert len(set(names)) == len(names) and names == sorted(names, key=_isort_style), f"{name}.__all__"
     assert inspect.getdoc(module), f"{name} has no docstring"
-    names = getattr(module, "__all__", None)
-    if names is None:
-        names = [n for n, v in vars(module).items() if not n.startswith("_") and _defined_in(v, name)]
-    else:
-        assert len(set(names)) == len(names) and list(names) == sorted(names, key=_isort_style), f"{name}.__all__"
     for public in names:
         thing = getattr(module, public)
         if inspect.isroutine(thing) or inspect.isclass(thing) or inspect.ismodule(thing):
             assert inspect.getdoc(thing), f"{name}.{public} has no docstring"
+    # What has no underscore and is not declared is shared with a neighbour (or a test), or it was forgotten.
+    for own in set(_defined_in(module)) - set(names):
+        assert any(own in names for other, names in _imported().items() if other != name), f"{name}.{own}"
 
 
-def _defined_in(thing, name):
-    return (inspect.isfunction(thing) or inspect.isclass(thing)) and thing.__module__ == name
+def test_packages_hand_on_what_their_modules_declare():
+    missing = []
+    for name in PUBLIC:
+        parent, _, last = name.rpartition(".")
+        package = importlib.import_module(parent)
+        if parent == "jdiff":
+            reached = last in package.__all__ or f"`{name}`" in package.__doc__
+            missing += [] if reached else [f"{name} is neither in jdiff.__all__ nor named in its docstring"]
+        elif last not in package.__all__ and any(f"{name}." in found for found in _imported_by(package)):
+            missing += [f"{name}.{n}" for n in set(importlib.import_module(name).__all__) - set(package.__all__)]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_functions_say_what_they_raise_and_are_annotated(name):
+    module = importlib.import_module(name)
+    tree = ast.parse(inspect.getsource(module))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in module.__all__]
+    functions = [(node, "") for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in module.__all__]
+    for cls in classes:
+        methods = [node for node in cls.body if isinstance(node, ast.FunctionDef)]
+        functions += [(node, f"{cls.name}.") for node in methods if node.name in CALLED or node.name[0] != "_"]
+    for function, prefix in functions:
+        where, told = f"{name}.{prefix}{function.name}", ast.get_docstring(function) or ""
+        raised = {
+            node.exc.func.id
+            for node in ast.walk(function)
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name)
+        }
+        silent = [error for error in raised & {"ValueError", "TypeError"} if error not in told]
+        assert not silent, f"{where} raises {silent} and does not say so"
+        signature = function.args
+        given = [*signature.posonlyargs, *signature.args, *signature.kwonlyargs, signature.vararg, signature.kwarg]
+        bare = [a.arg for a in given if a is not None and a.annotation is None and a.arg != "self"]
+        assert not bare and function.returns is not None, f"{where} has no type for {bare or 'its result'}"
+
+
+def _defined_in(module):
+    """Names of the functions and classes of a module that have no underscore."""
+    nodes = ast.parse(inspect.getsource(module)).body
+    return [n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
+
+
+def _imported_by(module):
+    package = module.__name__ if hasattr(module, "__path__") else module.__name__.rpartition(".")[0]
+    nodes = [n for n in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(n, ast.ImportFrom)]
+    assert all(node.level == 0 for node in nodes), f"relative imports in {package}"
+    return [f"{node.module}.{alias.name}" for node in nodes for alias in node.names]
+
+
+@functools.cache
+def _imported():
+    """{module: the names it takes from other modules of jdiff}."""
+    modules = {name: importlib.import_module(name) for name in MODULES}
+    found = {name: {n.rpartition(".")[2] for n in _imported_by(module)} for name, module in modules.items()}
+    tests = [ast.walk(ast.parse(path.read_text())) for path in (ROOT / "tests").glob("test_*.py")]
+    froms = [node for nodes in tests for node in nodes if isinstance(node, ast.ImportFrom)]
+    return found | {"tests": {alias.name for node in froms for alias in node.names}}
 
 
 def _isort_style(name):

@@ -150,7 +150,7 @@ def test_failures(x64):
     [
         (dict(rtol=0.0), ValueError, "rtol must be positive"),
         (dict(first_step=0.0), ValueError, "must be positive"),
-        (dict(max_steps=0), ValueError, "must be positive"),
+        (dict(max_steps=0), ValueError, "must be at least 1"),
         (dict(t1=1.0), ValueError, "must differ"),
         (dict(sde=sde.SDE(lambda x, t: x)), ValueError, "no diffusion"),
         (dict(key=None), TypeError, "typed"),

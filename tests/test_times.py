@@ -321,12 +321,12 @@ def test_bad_input_to_grids():
 def test_bad_input():
     key, process, index = jax.random.key(0), jdiff.VP(), jnp.arange(4)
     for grid in GRIDS.values():
-        with pytest.raises(ValueError, match="at least one step, got n = 0"):
+        with pytest.raises(ValueError, match="n must be at least 1, got 0"):
             grid(process, 0)
         for ends in ({"t_min": 0.5, "t_max": 0.5}, {"t_min": 0.5, "t_max": 0.2}, {"t_min": -0.1}, {"t_max": 1.5}):
             with pytest.raises(ValueError, match=r"t_min < t_max <= 1\.0"):
                 grid(process, 4, **ends)
-    with pytest.raises(ValueError, match="rho must be positive, got 0"):
+    with pytest.raises(ValueError, match="rho must be positive and finite, got 0"):
         times.karras(process, 4, rho=0)
     for draw in DRAWS.values():
         with pytest.raises(TypeError, match="typed key"):
@@ -335,14 +335,14 @@ def test_bad_input():
             draw(jax.random.key(0, impl="rbg"), process, index, 4)
         with pytest.raises(ValueError, match="t_min < t_max"):
             draw(key, process, index, 4, t_min=0.5, t_max=0.2)
-    with pytest.raises(ValueError, match="std must be positive, got 0"):
+    with pytest.raises(ValueError, match="std must be positive and finite, got 0"):
         times.log_normal(key, process, index, 4, std=0)
-    with pytest.raises(ValueError, match="std must be positive, got 0"):
+    with pytest.raises(ValueError, match="std must be positive and finite, got 0"):
         times.logit_normal(key, process, index, 4, std=0)
     for scale in (-1.01, 1.76):
         with pytest.raises(ValueError, match=r"scale must be in \[-1, 1.751938\], got"):
             times.mode(key, process, index, 4, scale=scale)
-    with pytest.raises(ValueError, match="shift must be positive, got 0"):
+    with pytest.raises(ValueError, match="shift must be positive and finite, got 0"):
         times.shift_draws(times.uniform, 0)
     for share in (-0.1, 1.0):
         with pytest.raises(ValueError, match="uniform must be in"):

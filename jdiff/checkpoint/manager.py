@@ -40,13 +40,14 @@ class Manager(ocp.CheckpointManager):
     end of `with open_manager(...) as manager`).
     """
 
-    def __init__(self, directory: epath.Path, options: ocp.CheckpointManagerOptions):
+    def __init__(self, directory: epath.Path, options: ocp.CheckpointManagerOptions) -> None:
         super().__init__(directory, options=options)
         self.every: int = options.save_interval_steps
         self.read_only: bool = options.read_only
         self.trusted: set[int] = set()
         self.damaged: set[int] = set()
-        self._given, self._writing, self._left_over = options, None, False
+        self._given, self._left_over = options, False
+        self._writing: int | None = None
 
     def write(self, step: int, args: ocp.args.Composite) -> None:
         """Begin to write a step; see `save`, which is the function to call."""

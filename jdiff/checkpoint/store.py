@@ -187,7 +187,8 @@ def _restore_step(manager, step, like, sharding):
 
 def _read(manager, step, item, args):
     """One item by Orbax. Whatever that raises is damage, and all processes of the run agree on it."""
-    fault, value = None, None
+    fault: Exception | None = None
+    value = None
     try:
         if not (manager.directory / str(step) / item).exists():
             raise FileNotFoundError("missing")
@@ -198,7 +199,7 @@ def _read(manager, step, item, args):
         failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(fault is not None)))
         if failed.size and fault is None:
             fault = OSError(f"unreadable in processes {failed.tolist()}")
-    if isinstance(fault, MemoryError) or "RESOURCE_EXHAUSTED" in str(fault):
+    if fault is not None and (isinstance(fault, MemoryError) or "RESOURCE_EXHAUSTED" in str(fault)):
         raise fault  # too large for this machine, which is no damage
     if fault is not None:
         text = " ".join(str(fault).split()) or type(fault).__name__
@@ -225,7 +226,8 @@ def _compare(where, meta, like, trees):
     items = meta["items"]
     if missing := [name for name in like if name not in ("meta", "step") and name not in items]:
         raise ValueError(f"{where} has no item {_some(missing)}; it has {', '.join(sorted(items))}")
-    asked, found = {}, {}
+    asked: dict[str, str] = {}
+    found: dict[str, str] = {}
     for name, leaves in trees.items():
         asked |= {f"{name}/{path}": f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves.items()}
         saved = items[name]["leaves"]

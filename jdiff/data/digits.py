@@ -3,6 +3,8 @@
 import numpy as np
 import tensorflow_datasets as tfds
 
+__all__ = ["Digits"]
+
 SIZES = {"train": 1350, "validation": 150, "test": 297}
 
 

@@ -8,6 +8,8 @@ import numpy as np
 from jdiff.data.optional import require
 from jdiff.data.sources import Source
 
+__all__ = ["batches", "evaluation_batches"]
+
 
 def batches(
     source: Source,

@@ -3,6 +3,8 @@
 import importlib
 from types import ModuleType
 
+__all__ = ["require"]
+
 
 def require(name: str) -> ModuleType:
     """Import an optional package, or say how to get it.

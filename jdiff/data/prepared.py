@@ -15,6 +15,8 @@ import numpy as np
 from jdiff.data.optional import require
 from jdiff.data.sources import Source
 
+__all__ = ["data_directory", "load", "prepare"]
+
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.\-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _DIGITS_VERSION = "1.0.0"

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+__all__ = ["Source", "from_arrays"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:

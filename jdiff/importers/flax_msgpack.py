@@ -5,11 +5,15 @@ of it, which are passed over by their lengths. Nothing is executed, and nothing 
 compared with the bytes that are left.
 """
 
+import io
 import math
 import os
-from typing import BinaryIO, NoReturn
+from collections.abc import Iterator
+from typing import NoReturn
 
 import numpy as np
+
+__all__ = ["read"]
 
 # Array, complex number, scalar: the codes that flax gives to msgpack's extension types.
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
@@ -37,7 +41,8 @@ def read(path: str | os.PathLike) -> tuple[int, dict[str, np.ndarray]]:
     """
     with open(path, "rb") as file:
         reader = _Reader(file, os.fspath(path))
-        step, params = None, {}
+        step: int | None = None
+        params: dict[str, np.ndarray] = {}
         for key in reader.keys(0):
             if key == "step":
                 step = reader.step()
@@ -55,7 +60,7 @@ def read(path: str | os.PathLike) -> tuple[int, dict[str, np.ndarray]]:
 class _Reader:
     """A position in a file, and the end of what may be read now: the file's, or an extension's."""
 
-    def __init__(self, file: BinaryIO, path: str):
+    def __init__(self, file: io.BufferedReader, path: str):
         self._file, self._path = file, path
         self._at, self._end, self._items = 0, os.fstat(file.fileno()).st_size, _ITEMS
 
@@ -65,7 +70,7 @@ class _Reader:
     def left(self) -> int:
         return self._end - self._at
 
-    def keys(self, depth: int):
+    def keys(self, depth: int) -> Iterator[str]:
         """Yield the keys of a map; the caller reads the value after each."""
         kind, count = self._head()
         if kind != "map":
@@ -75,7 +80,7 @@ class _Reader:
     def step(self) -> int:
         kind, step = self._head()
         if kind == "extension":
-            step = int(self._array("step", *step, _INTEGERS, shape=()))
+            step = int(self._array("step", step, _INTEGERS, shape=()))
         elif kind != "integer":
             self.fail(f"step must be an integer, got {kind}")
         if not 0 <= step < 2**31:
@@ -86,7 +91,7 @@ class _Reader:
         """Read a tree of arrays, and enter them by their paths."""
         kind, value = self._head()
         if kind == "extension":
-            array = self._array(path, *value, _FLOATS)
+            array = self._array(path, value, _FLOATS)
         elif kind == "map":
             keys = self._keys(value, depth)
             array = None
@@ -117,7 +122,7 @@ class _Reader:
             for _ in range(value):
                 self.skip(depth + 1)
         elif kind == "extension":
-            self._extension(*value, (_ARRAY, _COMPLEX, _SCALAR))
+            self._extension(value, (_ARRAY, _COMPLEX, _SCALAR))
             self._pass(value[1])
         elif kind in ("string", "bytes", "number"):
             self._pass(value)
@@ -152,7 +157,7 @@ class _Reader:
             kind, value = self._head()
             if kind != "extension":
                 self.fail(f"a chunk of {path} is {kind}")
-            done += self._array(path, *value, _FLOATS, into=flat[done:]).size
+            done += self._array(path, value, _FLOATS, into=flat[done:]).size
         if done != flat.size or next(keys, None) is not None:
             self.fail(f"{path} {shape} has {done} values in its chunks, or something beside them")
         return flat.reshape(shape)
@@ -171,10 +176,10 @@ class _Reader:
                 self.fail(f"{path}: {key!r} where {i} was expected")
             yield i
 
-    def _array(self, path, code, size, dtypes, *, shape=None, into=None):
+    def _array(self, path, extension, dtypes, *, shape=None, into=None):
         """Read an extension of (shape, dtype, bytes): a new array, or the beginning of the flat one `into`."""
-        self._extension(code, size, (_ARRAY, _SCALAR))
-        outer, self._end = self._end, self._at + size
+        self._extension(extension, (_ARRAY, _SCALAR))
+        outer, self._end = self._end, self._at + extension[1]
         if self._head() != ("array", 3):
             self.fail(f"{path} is no (shape, dtype, bytes)")
         kind, axes = self._head()
@@ -196,12 +201,13 @@ class _Reader:
             self.fail(f"a chunk of {path} has shape {found}, and {into.size} values are missing")
         else:
             array = into[: found[0]]
-        if count and self._file.readinto(array.reshape(-1).view(np.uint8)) != count:
+        if count and self._file.readinto(array.reshape(-1).view(np.uint8).data) != count:
             self.fail("the file became shorter")
         self._at, self._end = self._end, outer
         return array
 
-    def _extension(self, code, size, allowed):
+    def _extension(self, extension, allowed):
+        code, size = extension
         if code not in allowed:
             self.fail(f"extension type {code}, where only {allowed} may be")
         if size > self.left():

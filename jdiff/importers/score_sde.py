@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jdiff._typing import PyTree
 from jdiff.nn import NCSNv2, UNet
 
+__all__ = ["rename", "restore_names"]
+
 _LEAVES = {"GaussianFourierProjection": {"frequencies": "W"}, "NIN": {"kernel": "W", "bias": "b"}}
 _LEAVES |= {"Conv2d": {"kernel": "weight"}}
 
@@ -96,7 +98,7 @@ def _names(module, height):
 
 def _unet(module: UNet, height: int) -> Iterator[tuple[str, str]]:
     """Pairs (their module, our module), in their order of construction."""
-    count = Counter()
+    count: Counter[str] = Counter()
 
     def number(kind):
         count[kind] += 1

@@ -8,9 +8,12 @@ import numpy as np
 from jdiff.importers.score_sde import _unet
 from jdiff.nn import UNet
 
+__all__ = ["to_reference"]
+
 # kind of module -> its leaf -> the reference's leaf, and the order of axes: convolutions are OIHW there, HWIO here.
-_CONV = {"weight": ("kernel", (2, 3, 1, 0)), "bias": ("bias", (0,))}
-_LEAVES = {
+_Leaves = dict[str, tuple[str, tuple[int, ...]]]
+_CONV: _Leaves = {"weight": ("kernel", (2, 3, 1, 0)), "bias": ("bias", (0,))}
+_LEAVES: dict[str, _Leaves] = {
     "Conv": _CONV,
     "Conv2d": _CONV | {"weight": ("weight", (2, 3, 1, 0))},
     "Dense": _CONV | {"weight": ("kernel", (1, 0))},

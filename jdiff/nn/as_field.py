@@ -1,11 +1,16 @@
 """From a Linen network and its parameters to a field."""
 
+from collections.abc import Callable
+from typing import cast
+
 import jax
 from flax import linen as nn
 
 from jdiff._array import check_key
 from jdiff._typing import Array, Field, PyTree
 from jdiff.nn.conditions import Condition
+
+__all__ = ["as_field"]
 
 
 def as_field(
@@ -36,14 +41,16 @@ def as_field(
         ValueError: keys of more than one axis, or one key here and one per example there.
     """
     per_example = _keys_per_example(rngs or {})
+    # It has no mutable variables, which would come out beside the array.
+    apply = cast(Callable[..., Array], module.apply)
 
     def field(x: Array, t: Array, cond: Condition = cond) -> Array:
         if not per_example:
-            return module.apply({"params": params}, x, t, cond, train=train, rngs=rngs)
+            return apply({"params": params}, x, t, cond, train=train, rngs=rngs)
 
         def single(keys, x, t, cond):
             cond = jax.tree.map(lambda leaf: leaf[None], cond)
-            return module.apply({"params": params}, x[None], t[None], cond, train=train, rngs=keys)[0]
+            return apply({"params": params}, x[None], t[None], cond, train=train, rngs=keys)[0]
 
         return jax.vmap(single)(rngs, x, t, cond)
 

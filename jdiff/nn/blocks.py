@@ -5,10 +5,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from jdiff._typing import Array
 from jdiff.nn.conditioning import initializer
 from jdiff.nn.normalisation import GroupNorm, at_least_float32
+
+__all__ = ["ACTIVATIONS", "Attention", "ResidualBlock", "check_image", "conv", "merge"]
 
 ACTIVATIONS = {
     "swish": nn.swish,
@@ -28,7 +31,9 @@ def check_image(shape: tuple[int, ...], multiple: int, remedy: str) -> None:
         raise ValueError(f"{size}: pad the images or {remedy}")
 
 
-def conv(channels: int, *, size: int = 3, scale: float = 1.0, dtype=None, name: str | None = None) -> nn.Conv:
+def conv(
+    channels: int, *, size: int = 3, scale: float = 1.0, dtype: DTypeLike | None = None, name: str | None = None
+) -> nn.Conv:
     """Convolution of stride 1 with zero padding that keeps height and width."""
     return nn.Conv(channels, (size, size), kernel_init=initializer(scale), dtype=dtype, name=name)
 
@@ -65,7 +70,7 @@ class ResidualBlock(nn.Module):
     activation: str = "swish"
     groups: int | None = None
     dense: bool = False
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Array, emb: Array | None, *, train: bool = False) -> Array:
@@ -103,7 +108,7 @@ class Attention(nn.Module):
 
     rescale: bool = True
     groups: int | None = None
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:

@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from jdiff._typing import Array
 from jdiff.nn.conditions import Condition, absent_is_zero, read_condition
 from jdiff.nn.normalisation import at_least_float32
+
+__all__ = ["Conditioning"]
 
 SMOOTH_FREQUENCIES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 """Angular frequencies of the "smooth" embedding, in radians per unit of log-SNR."""
@@ -56,7 +59,7 @@ def smooth_features(log_snr: Array, frequencies: tuple[float, ...] = SMOOTH_FREQ
     return _sin_cos(jnp.clip(log_snr, -_LOG_SNR_LIMIT, _LOG_SNR_LIMIT), np.asarray(frequencies))
 
 
-class FourierFeatures(nn.Module):
+class _FourierFeatures(nn.Module):
     """Sinusoids `[sin(2 pi W v), cos(2 pi W v)]` at random Gaussian frequencies `W`, drawn once and never trained.
 
     Tancik et al. 2020 (arXiv 2006.10739), as used by Song et al. 2021 (arXiv 2011.13456, appendix H) with
@@ -104,7 +107,7 @@ class Conditioning(nn.Module):
     num_classes: int | None = None
     vector_size: int | None = None
     activation: Callable[[Array], Array] = nn.swish
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Array, t: Array, cond: Condition = None) -> Array:
@@ -126,14 +129,13 @@ class Conditioning(nn.Module):
         if self.embedding == "positional":
             features = positional_features(level, self.features)
         elif self.embedding == "fourier":
-            features = FourierFeatures(self.features, self.fourier_scale, name="fourier")(level)
+            features = _FourierFeatures(self.features, self.fourier_scale, name="fourier")(level)
         else:
             features = smooth_features(level, self.frequencies)
         hidden = nn.Dense(self.width, kernel_init=initializer(), dtype=dtype, name="dense_0")(features)
         vector = nn.Dense(self.width, kernel_init=initializer(), dtype=dtype, name="dense_1")(self.activation(hidden))
-        if "label" in seen:
-            rows = self.num_classes + 1
-            table = nn.Embed(rows, self.width, embedding_init=nn.initializers.normal(1.0), name="label")
+        if self.num_classes is not None:
+            table = nn.Embed(self.num_classes + 1, self.width, embedding_init=nn.initializers.normal(1.0), name="label")
             vector = vector + table(seen["label"]).astype(dtype)
         if "vector" in seen:
             known = nn.Dense(self.width, kernel_init=initializer(), dtype=dtype, name="vector")(seen["vector"])
@@ -149,14 +151,16 @@ def initializer(scale: float = 1.0) -> nn.initializers.Initializer:
     return nn.initializers.variance_scaling(max(scale, 1e-10), "fan_avg", "uniform")
 
 
-def _sin_cos(value: Array, frequencies) -> Array:
+def _sin_cos(value: Array, frequencies: Array | np.ndarray) -> Array:
     angle = value[:, None] * jnp.asarray(frequencies, value.dtype)[None, :]
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
 def check_inputs(x: Array, t: Array) -> None:
     """Raise a TypeError or a ValueError that names what a network cannot take."""
-    if not (jnp.issubdtype(x.dtype, jnp.floating) and jnp.issubdtype(t.dtype, jnp.floating)):
-        raise TypeError(f"x and t must be floating, got {x.dtype} and {t.dtype}")
+    for name, value in (("x", x), ("t", t)):
+        dtype = getattr(value, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"{name} must be a floating array, got {dtype or type(value).__name__}")
     if t.shape != x.shape[:1]:
         raise ValueError(f"t must have shape {x.shape[:1]}, one time per example of x {x.shape}, got {t.shape}")

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 
 from jdiff._typing import Array
 
+__all__ = ["Condition", "image_tokens", "read_condition"]
+
 Condition = Any
 """None (nothing is known), labels (batch,), or a dict of "label" (batch,), "vector" (batch, d), "image" (batch, h, w,
 c), "tokens" (batch, n, d), "tokens_mask" (batch, n) and "present" (batch,)."""
@@ -40,7 +42,7 @@ def read_condition(cond: Condition, x: Array, **sizes: int | None) -> dict[str, 
         ValueError: missing or extra entries, or wrong shapes, by name.
         TypeError: labels not integer, masks not bool, other entries not floating.
     """
-    wanted = {kind: sizes[name] for kind, name in _KINDS.items() if sizes.get(name) is not None}
+    wanted = {kind: size for kind, name in _KINDS.items() if (size := sizes.get(name)) is not None}
     for kind, size in wanted.items():
         if size < 1:
             raise ValueError(f"{_KINDS[kind]} must be None or at least 1, got {size}")
@@ -140,8 +142,8 @@ def image_tokens(image: Array, patch: int) -> Array:
         raise ValueError(f"image must be (batch, height, width, c) of multiples of patch = {patch}, got {image.shape}")
     squares = space_to_depth(image, patch)
     batch, rows, columns, size = squares.shape
-    place = jnp.meshgrid(jnp.linspace(-1, 1, rows), jnp.linspace(-1, 1, columns), indexing="ij")
-    place = jnp.broadcast_to(jnp.stack(place, axis=-1).astype(image.dtype)[None], (batch, rows, columns, 2))
+    places = jnp.meshgrid(jnp.linspace(-1, 1, rows), jnp.linspace(-1, 1, columns), indexing="ij")
+    place = jnp.broadcast_to(jnp.stack(places, axis=-1).astype(image.dtype)[None], (batch, rows, columns, 2))
     return jnp.concatenate([squares, place], axis=-1).reshape(batch, rows * columns, size + 2)
 
 

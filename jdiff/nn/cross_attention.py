@@ -3,10 +3,13 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from jdiff._typing import Array
 from jdiff.nn.conditioning import initializer
 from jdiff.nn.normalisation import at_least_float32
+
+__all__ = ["CrossAttention"]
 
 
 class CrossAttention(nn.Module):
@@ -21,7 +24,7 @@ class CrossAttention(nn.Module):
     """
 
     heads: int
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, h: Array, tokens: Array, mask: Array) -> Array:

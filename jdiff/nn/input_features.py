@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jdiff._typing import Array
 from jdiff.nn.normalisation import at_least_float32
 
+__all__ = ["input_features"]
+
 
 def input_features(x: Array, frequencies: tuple[int, ...]) -> Array:
     """Append `sin(2^n pi x)` and `cos(2^n pi x)` for each n of `frequencies` to the channels of `x`.

@@ -5,11 +5,14 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from jdiff._typing import Array
-from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning, initializer
+from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning, check_inputs, initializer
 from jdiff.nn.conditions import Condition
 from jdiff.nn.normalisation import GroupNorm
+
+__all__ = ["ResidualMLP"]
 
 
 class ResidualMLP(nn.Module):
@@ -44,7 +47,7 @@ class ResidualMLP(nn.Module):
     num_classes: int | None = None
     vector_size: int | None = None
     out_channels: int | None = None
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Array, t: Array, cond: Condition = None, *, train: bool = False) -> Array:
@@ -64,6 +67,7 @@ class ResidualMLP(nn.Module):
             ValueError: wrong shapes, what `read_condition` raises.
             TypeError: x or t not floating, what `read_condition` raises.
         """
+        check_inputs(x, t)
         dtype = self.dtype or x.dtype
 
         def dense(units, name, scale=1.0, dtype=dtype):

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from jdiff._typing import Array
 from jdiff.nn.blocks import ACTIVATIONS, check_image
@@ -14,8 +15,10 @@ from jdiff.nn.conditions import read_condition
 from jdiff.nn.normalisation import InstanceNormPlus, at_least_float32
 from jdiff.nn.resampling import downsample
 
+__all__ = ["NCSNv2", "ncsnv2"]
+
 # Stages: (channels over those of the first, dilation; 1 halves the resolution). Refinements: likewise, coarsest first.
-_SIZES = {
+_SIZES: dict[int, dict[str, Any]] = {
     64: {"stages": ((2, 1), (2, 2), (2, 4)), "refinements": (2, 2, 2, 1)},
     128: {"stages": ((2, 1), (2, 1), (4, 2), (4, 4)), "refinements": (4, 2, 2, 1, 1)},
     256: {"stages": ((2, 1), (2, 1), (2, 1), (4, 2), (4, 4)), "refinements": (4, 2, 2, 2, 1, 1)},
@@ -50,7 +53,7 @@ class NCSNv2(nn.Module):
     interpolation: str = "bilinear"
     out_channels: int | None = None
     center_input: bool = False
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Array, t: Array, cond: Array | None = None, *, train: bool = False) -> Array:
@@ -98,7 +101,7 @@ class NCSNv2(nn.Module):
         return h / self.sigma(at_least_float32(t)).astype(h.dtype)[:, None, None, None]
 
 
-def ncsnv2(sigma: Callable[[Array], Array] | None, *, size: int = 64, **changes) -> NCSNv2:
+def ncsnv2(sigma: Callable[[Array], Array] | None, *, size: int = 64, **changes: Any) -> NCSNv2:
     """NCSNv2 for images of up to 64, 128 or 256 pixels; for 32x32x3 it has 33,970,563 parameters.
 
     Args:
@@ -120,7 +123,7 @@ class _Block(nn.Module):
     channels: int | None
     dilation: int
     activation: str
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -144,7 +147,7 @@ class _Refinement(nn.Module):
     units: int
     activation: str
     interpolation: str
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, inputs: Sequence[Array]) -> Array:

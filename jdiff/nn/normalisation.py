@@ -5,8 +5,11 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from jdiff._typing import Array
+
+__all__ = ["GroupNorm", "InstanceNormPlus", "at_least_float32"]
 
 
 class GroupNorm(nn.Module):
@@ -23,7 +26,7 @@ class GroupNorm(nn.Module):
 
     groups: int | None = None
     affine: bool = True
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -67,7 +70,7 @@ class InstanceNormPlus(nn.Module):
         dtype: of the result; None is x's.
     """
 
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:

@@ -3,9 +3,12 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from jdiff._typing import Array
 from jdiff.nn.conditioning import initializer
+
+__all__ = ["Downsample", "Upsample", "downsample", "fir_downsample", "fir_upsample", "upsample"]
 
 
 def upsample(x: Array) -> Array:
@@ -58,7 +61,7 @@ class Upsample(nn.Module):
 
     channels: int
     fir: bool = False
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -81,7 +84,7 @@ class Downsample(nn.Module):
 
     channels: int
     fir: bool = False
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from jdiff._typing import Array
 from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning, check_inputs, initializer
@@ -12,6 +13,8 @@ from jdiff.nn.conditions import Condition, read_condition, space_to_depth, with_
 from jdiff.nn.cross_attention import CrossAttention
 from jdiff.nn.input_features import input_features
 from jdiff.nn.normalisation import GroupNorm, at_least_float32
+
+__all__ = ["PatchTransformer"]
 
 
 class PatchTransformer(nn.Module):
@@ -63,7 +66,7 @@ class PatchTransformer(nn.Module):
     image_channels: int | None = None
     token_size: int | None = None
     out_channels: int | None = None
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Array, t: Array, cond: Condition = None, *, train: bool = False) -> Array:
@@ -84,6 +87,7 @@ class PatchTransformer(nn.Module):
                 what `read_condition` raises.
             TypeError: x or t not floating, what `read_condition` raises.
         """
+        check_inputs(x, t)
         dtype, p = self.dtype or x.dtype, self.patch
         if x.ndim != 4 or x.shape[1] % p or x.shape[2] % p:
             raise ValueError(f"x must be (batch, height, width, channels) of multiples of patch = {p}, got {x.shape}")
@@ -98,7 +102,6 @@ class PatchTransformer(nn.Module):
         def drop(h):
             return nn.Dropout(self.dropout, deterministic=not train)(h) if self.dropout else h
 
-        check_inputs(x, t)
         sizes = {name: getattr(self, name) for name in ("num_classes", "vector_size", "image_channels", "token_size")}
         seen = read_condition(cond, x, **sizes)
         embedded = {name: seen[name] for name in ("label", "vector") if name in seen}

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from jdiff._typing import Array
 from jdiff.nn.blocks import ACTIVATIONS, Attention, ResidualBlock, check_image, conv, merge
@@ -13,7 +15,9 @@ from jdiff.nn.conditions import Condition, read_condition, with_image
 from jdiff.nn.normalisation import GroupNorm, at_least_float32
 from jdiff.nn.resampling import Downsample, Upsample, downsample, fir_downsample, fir_upsample, upsample
 
-_SIZES = {
+__all__ = ["UNet", "ddpm", "ddpmpp", "ncsnpp"]
+
+_SIZES: dict[str, dict[str, Any]] = {
     "small": {"channels": 24, "multipliers": (1, 2, 2), "blocks": 1, "attention": (), "dropout": 0.0},
     "full": {"channels": 128, "multipliers": (1, 2, 2, 2), "blocks": 4, "attention": (16,), "dropout": 0.1},
     "deep": {"channels": 128, "multipliers": (1, 2, 2, 2), "blocks": 8, "attention": (16,), "dropout": 0.1},
@@ -93,7 +97,7 @@ class UNet(nn.Module):
     progressive_combine: str = "sum"
     timed: bool = True
     center_input: bool = False
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Array, t: Array, cond: Condition = None, *, train: bool = False) -> Array:
@@ -114,6 +118,7 @@ class UNet(nn.Module):
                 `read_condition` raises.
             TypeError: x or t not floating, what `read_condition` raises.
         """
+        check_inputs(x, t)
         last, dtype, out = len(self.multipliers) - 1, self.dtype or x.dtype, self.out_channels or x.shape[-1]
         check_image(x.shape, 2**last, "use fewer levels (multipliers)")
         self._check_options()
@@ -139,7 +144,6 @@ class UNet(nn.Module):
             h = act(GroupNorm(self.groups, dtype=self.dtype or x.dtype, name=f"{name}_norm")(h))
             return conv(channels, scale=scale, dtype=dtype, name=name)(h)
 
-        check_inputs(x, t)
         sizes = {name: getattr(self, name) for name in ("num_classes", "vector_size", "image_channels")}
         seen = read_condition(cond, x, **sizes)
         emb = self._embed(x, t, seen, dtype)
@@ -221,18 +225,18 @@ class UNet(nn.Module):
                 raise ValueError(f"a network that does not see the time (timed=False) sees no {what}: drop {name}")
 
 
-def ddpm(noise_level: Callable[[Array], Array], **changes) -> UNet:
+def ddpm(noise_level: Callable[[Array], Array], **changes: Any) -> UNet:
     """DDPM of Ho et al. 2020 (arXiv 2006.11239) for 32x32 images, of 35,218,947 parameters for 3 channels.
 
     Args:
         noise_level: `999 t`, or the label of a discrete network (see `UNet`).
         **changes: attributes of `UNet`; 256x256 images have `multipliers=(1, 1, 2, 2, 4, 4)`.
     """
-    ours = {"blocks": 2, "embedding": "positional", "resblock": "ddpm", "rescale": False, "groups": 32}
+    ours: dict[str, Any] = {"blocks": 2, "embedding": "positional", "resblock": "ddpm", "rescale": False, "groups": 32}
     return UNet(noise_level, **(_SIZES["full"] | ours | changes))
 
 
-def ddpmpp(noise_level: Callable[[Array], Array], *, size: str = "full", **changes) -> UNet:
+def ddpmpp(noise_level: Callable[[Array], Array], *, size: str = "full", **changes: Any) -> UNet:
     """DDPM++ of Song et al. 2021 (arXiv 2011.13456, appendix H), conditioned smoothly on log-SNR unless told otherwise.
 
     The published CIFAR-10 networks are `ddpmpp(lambda t: 999 * t, size="full" | "deep", embedding="positional")`, of
@@ -251,7 +255,7 @@ def ddpmpp(noise_level: Callable[[Array], Array], *, size: str = "full", **chang
     return UNet(noise_level, **(_SIZES[size] | changes))
 
 
-def ncsnpp(noise_level: Callable[[Array], Array], *, size: str = "full", **changes) -> UNet:
+def ncsnpp(noise_level: Callable[[Array], Array], *, size: str = "full", **changes: Any) -> UNet:
     """NCSN++ of Song et al. 2021 (arXiv 2011.13456, appendix H): DDPM++ with smoothed resampling and residual input.
 
     The published continuous VE networks for CIFAR-10 are `ncsnpp(log_sigma, size="full" | "deep", sigma=sigma,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from jdiff._typing import Array
 from jdiff.nn.blocks import check_image
@@ -12,6 +13,8 @@ from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning, check_inputs
 from jdiff.nn.conditions import read_condition, space_to_depth
 from jdiff.nn.normalisation import GroupNorm, at_least_float32
 from jdiff.nn.resampling import downsample
+
+__all__ = ["WideResNet"]
 
 
 class WideResNet(nn.Module):
@@ -51,7 +54,7 @@ class WideResNet(nn.Module):
     features: int = 128
     frequencies: tuple[float, ...] = SMOOTH_FREQUENCIES
     fourier_scale: float = 16.0
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Array, t: Array, cond: None = None, *, train: bool = False) -> Array:
@@ -91,7 +94,7 @@ class WideResNet(nn.Module):
                 channels, (3, 3), (stride, stride), use_bias=False, kernel_init=init, dtype=dtype, name=name
             )(h)
 
-        h = conv(space_to_depth(standardise(x), self.patch).astype(dtype), 16, "stem")
+        h = conv(space_to_depth(_standardise(x), self.patch).astype(dtype), 16, "stem")
         for group in range(3):
             channels = 2**group * 16 * self.widen
             for i in range((self.depth - 4) // 6):
@@ -112,7 +115,7 @@ class WideResNet(nn.Module):
         return nn.Dense(self.num_classes, kernel_init=initializer(), dtype=x.dtype, name="head")(pooled)
 
 
-def standardise(x: Array) -> Array:
+def _standardise(x: Array) -> Array:
     """`(x - mean) / max(std, 1/sqrt(n))` per example, moments over its n entries, in at least float32."""
     wide = at_least_float32(x)
     axes = tuple(range(1, x.ndim))

@@ -1,13 +1,6 @@
 """Solvers: pure (init, step) pairs run by `integrate`, and the adaptive integrator."""
 
-from jdiff.solvers.adaptive import (
-    BOGACKI_SHAMPINE,
-    DORMAND_PRINCE,
-    PRINCE_DORMAND,
-    TSITOURAS,
-    Solution,
-    integrate_adaptive,
-)
+from jdiff.solvers.adaptive import Solution, integrate_adaptive
 from jdiff.solvers.adaptive_sde import integrate_adaptive_sde
 from jdiff.solvers.base import Noise, Solver, State, integrate, white
 from jdiff.solvers.brownian import brownian
@@ -17,12 +10,26 @@ from jdiff.solvers.interop import to_diffrax
 from jdiff.solvers.multistep import deis, dpmpp_2m, dpmpp_3m, exponential_adams, unipc
 from jdiff.solvers.ode import euler, heun, midpoint, rk4, runge_kutta
 from jdiff.solvers.stochastic import ancestral, edm, euler_maruyama, stochastic_heun
-from jdiff.solvers.tableaus import Tableau
+from jdiff.solvers.tableaus import (
+    BOGACKI_SHAMPINE,
+    DORMAND_PRINCE,
+    EULER,
+    HEUN,
+    MIDPOINT,
+    PRINCE_DORMAND,
+    RK4,
+    TSITOURAS,
+    Tableau,
+)
 
 __all__ = [
     "BOGACKI_SHAMPINE",
     "DORMAND_PRINCE",
+    "EULER",
+    "HEUN",
+    "MIDPOINT",
     "PRINCE_DORMAND",
+    "RK4",
     "TSITOURAS",
     "Noise",
     "Solution",

@@ -12,20 +12,22 @@ from jdiff._array import (
     add_zero,
     batch_time,
     call,
+    check_count,
+    check_positive,
     check_state,
     event_size,
-    full_like_batch,
     is_concrete,
     lincomb,
     mean_event,
     select,
+    zero_like_batch,
 )
 from jdiff._typing import Array, PyTree
 from jdiff.sde import SDE
 from jdiff.solvers.ode import check_ode
-from jdiff.solvers.tableaus import BOGACKI_SHAMPINE, DORMAND_PRINCE, PRINCE_DORMAND, TSITOURAS, Tableau
+from jdiff.solvers.tableaus import DORMAND_PRINCE, Tableau
 
-__all__ = ["BOGACKI_SHAMPINE", "DORMAND_PRINCE", "PRINCE_DORMAND", "TSITOURAS", "Solution", "integrate_adaptive"]
+__all__ = ["Solution", "integrate_adaptive"]
 
 # Proportional-integral step control, Gustafsson 1991 (ACM TOMS 17(4)); exponents over the order of the error estimate.
 _PROPORTIONAL, _INTEGRAL = 0.7, 0.4
@@ -101,22 +103,21 @@ def integrate_adaptive(
     Raises:
       ValueError: tolerances or max_steps not positive, an ODE with a diffusion, a tableau without an error estimate, t0
         = t1, unknown norm.
-      TypeError: x is not floating point.
+      TypeError: x is not floating point, max_steps no integer.
     """
     check_state(x)
     check_ode(ode)
     check_tolerances(rtol, atol)
-    if max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    check_count(max_steps, "max_steps")
     if tableau.error is None or not tableau.fsal:
         raise ValueError("the tableau must have an error estimate and its last stage first in the next step (fsal)")
     if norm not in ("largest", "joint"):
         raise ValueError(f"unknown norm {norm!r}; choose 'largest' or 'joint'")
-    t0, t1 = batch_time(t0, x), batch_time(t1, x)
+    t0, t1 = batch_time(t0, x, "t0"), batch_time(t1, x, "t1")
     if is_concrete(t0) and is_concrete(t1) and bool((t0 == t1).any()):
         raise ValueError("t0 and t1 must differ")
     # Adding a zero of x makes every carry vary over devices as x does, which shard_map checks, whatever the drift is.
-    zero = sum(full_like_batch(leaf, 0).astype(t0.dtype) for leaf in jax.tree.leaves(x))
+    zero = zero_like_batch(x, t0.dtype)
     t0, t1 = t0 + zero, t1 + zero
     x = add_zero(x, zero)
     direction = jnp.sign(t1 - t0)
@@ -145,9 +146,9 @@ def integrate_adaptive(
         table[i + 1, : i + 1] = row
     rows, c = jnp.asarray(table, t0.dtype), jnp.asarray(tableau.c, t0.dtype)
     # What is measured after turn 0, turn 1 and all others: the first slope, its change ahead, the step's error.
-    measured = np.zeros((3, count))
-    measured[0, 0], measured[1, :2], measured[2] = 1, (-1, 1), tableau.error
-    measured = jnp.asarray(measured, t0.dtype)
+    weights = np.zeros((3, count))
+    weights[0, 0], weights[1, :2], weights[2] = 1, (-1, 1), tableau.error
+    measured = jnp.asarray(weights, t0.dtype)
     size = error_norm(x, x, x)
 
     def turn(carry):
@@ -245,9 +246,8 @@ def anyone(active: Array, axis_name: str | None) -> Array:
 
 def check_tolerances(rtol: float, atol: float) -> None:
     """Raise ValueError unless both tolerances, where their values are known, are positive and finite."""
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        if is_concrete(value) and not 0 < float(value) < float("inf"):
-            raise ValueError(f"{name} must be positive and finite, got {value}")
+    check_positive(rtol, "rtol")
+    check_positive(atol, "atol")
 
 
 def _weighted(weights, slopes):

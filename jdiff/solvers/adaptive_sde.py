@@ -11,14 +11,16 @@ from jdiff._array import (
     add_zero,
     batch_time,
     call,
+    check_count,
+    check_positive,
     check_state,
     example_keys,
     fold_in,
-    full_like_batch,
     is_concrete,
     lincomb,
     mean_event,
     select,
+    zero_like_batch,
 )
 from jdiff._typing import Array, Key, PyTree
 from jdiff.sde import SDE
@@ -93,19 +95,20 @@ def integrate_adaptive_sde(
 
     Raises:
       ValueError: tolerances, first_step or max_steps not positive, an SDE without a diffusion, t0 = t1.
-      TypeError: x is not floating point, keys that are not typed threefry keys.
+      TypeError: x is not floating point, max_steps no integer, keys that are not typed threefry keys.
     """
     keys = example_keys(key, check_state(x))
     check_tolerances(rtol, atol)
     if sde.diffusion is None:
         raise ValueError("this solver integrates SDEs, this one has no diffusion: see integrate_adaptive")
-    if max_steps < 1 or (is_concrete(first_step) and not first_step > 0):
-        raise ValueError(f"max_steps and first_step must be positive, got {max_steps} and {first_step}")
-    t0, t1 = batch_time(t0, x), batch_time(t1, x)
+    diffusion = sde.diffusion
+    check_count(max_steps, "max_steps")
+    check_positive(first_step, "first_step")
+    t0, t1 = batch_time(t0, x, "t0"), batch_time(t1, x, "t1")
     if is_concrete(t0) and is_concrete(t1) and bool((t0 == t1).any()):
         raise ValueError("t0 and t1 must differ")
     # As in `integrate_adaptive`: every carry varies over devices as x does.
-    zero = sum(full_like_batch(leaf, 0).astype(t0.dtype) for leaf in jax.tree.leaves(x))
+    zero = zero_like_batch(x, t0.dtype)
     t0, t1, x = t0 + zero, t1 + zero, add_zero(x, zero)
     eps = jnp.finfo(t0.dtype).eps
 
@@ -120,7 +123,7 @@ def integrate_adaptive_sde(
 
     def euler(x, at, t, h, z):
         """From x, with drift and diffusion at another state."""
-        kick = jax.tree.map(jnp.multiply, call(sde.diffusion, at, t), z)
+        kick = jax.tree.map(jnp.multiply, call(diffusion, at, t), z)
         return lincomb((1.0, x), (h, call(sde.drift, at, t)), (jnp.sqrt(jnp.abs(h)), kick))
 
     def turn(carry):

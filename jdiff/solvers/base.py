@@ -13,7 +13,7 @@ from jdiff._typing import Array, Key, PyTree
 
 __all__ = ["Noise", "Solver", "State", "integrate", "white"]
 
-Noise = Callable[[Key, PyTree, Array, Array], PyTree]
+Noise = Callable[[Key | None, PyTree, Array, Array], PyTree]
 """(keys, x, t, s) -> unit normals like x for the step from t to s; keys has shape (batch,)."""
 
 
@@ -37,7 +37,7 @@ class Solver(NamedTuple):
     order: int = 1
 
 
-def white(keys: Key, x: PyTree, t: Array, s: Array) -> PyTree:
+def white(keys: Key | None, x: PyTree, t: Array, s: Array) -> PyTree:
     """Draw independent unit normals like x, example i from keys[i] alone: the default `Noise`.
 
     Raises:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jdiff._array import batch_time, check_state, example_keys, expand, fold_in, normal_like
-from jdiff._typing import Key, Process, PyTree
+from jdiff._typing import Key, Process
 from jdiff.solvers.base import Noise
 
 __all__ = ["brownian"]
@@ -32,14 +32,18 @@ def brownian(key: Key, process: Process, *, t_min: float | None = None, t_max: f
       t_max: largest (default: process.t_max).
 
     Raises:
+      ValueError: t_min and t_max are not in order; from the noise, keys of another number, times of another shape.
       TypeError: key is not a typed threefry key.
     """
     ends = (process.t_max if t_max is None else t_max, process.t_min if t_min is None else t_min)
+    if not 0 <= ends[1] < ends[0] <= process.t_max:
+        raise ValueError(f"0 <= t_min < t_max <= {process.t_max} must hold, got t_min = {ends[1]}, t_max = {ends[0]}")
 
-    def noise(keys, x: PyTree, t, s) -> PyTree:
+    def noise(keys, x, t, s):
         own = example_keys(key, check_state(x))
         low, high = (_clock(process, batch_time(end, x)) for end in ends)
-        places = [jnp.clip((_clock(process, time) - low) / (high - low), 0, 1) for time in (t, s)]
+        times = batch_time(t, x), batch_time(s, x, "s")
+        places = [jnp.clip((_clock(process, time) - low) / (high - low), 0, 1) for time in times]
         values = [_path(own, x, place) for place in places]
         scale = jax.lax.rsqrt(jnp.maximum(jnp.abs(places[1] - places[0]), 1e-12))
         return jax.tree.map(lambda a, b: expand(scale, a) * (b - a), *values)

@@ -1,13 +1,19 @@
-"""Langevin corrector and predictor-corrector sampling, one step size per example."""
+"""Langevin corrector and predictor-corrector sampling, one step size per example.
+
+When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
+TypeError for states, times or numbers of another kind than they must be.
+"""
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import batch_time, call, event_size, fold_in, lincomb, sum_event
+from jdiff._array import batch_time, call, check_count, check_positive, event_size, fold_in, lincomb, sum_event
 from jdiff._typing import Array, Field
 from jdiff.solvers.base import Noise, Solver, State, white
 
@@ -37,10 +43,11 @@ def langevin(
       noise: where unit normals come from.
 
     Raises:
-      ValueError: snr <= 0 or steps < 1.
+      ValueError: snr not positive and finite, or steps < 1.
+      TypeError: steps is no integer.
     """
-    if snr <= 0 or steps < 1:
-        raise ValueError(f"langevin needs snr > 0 and steps >= 1, got snr = {snr}, steps = {steps}")
+    check_positive(snr, "snr")
+    check_count(steps, "steps")
 
     def step(keys, state, t, s):
         x = state.x
@@ -48,7 +55,8 @@ def langevin(
 
         def once(n, x):
             gradient = call(score, x, s)
-            square = sum(sum_event(leaf**2) for leaf in jax.tree.leaves(gradient)).astype(s.dtype)
+            squares = [sum_event(leaf**2) for leaf in jax.tree.leaves(gradient)]
+            square = functools.reduce(operator.add, squares).astype(s.dtype)
             size = 2 * snr**2 * event_size(x) / jnp.maximum(square, jnp.finfo(s.dtype).tiny)
             if largest is not None:
                 size = jnp.minimum(size, largest(s))

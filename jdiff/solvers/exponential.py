@@ -2,6 +2,9 @@
 
 With half log-SNR l = log(alpha/sigma), the probability flow is d(x/sigma)/dl = e^l x_0(x, l): only the denoiser's
 change over a step is approximated (Lu et al. 2022, arXiv 2206.00927 and 2211.01095).
+
+When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
+TypeError for states, times or numbers of another kind than they must be.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jdiff._array import batch_time, call, lincomb
+from jdiff._array import batch_time, call, lincomb, scalars
 from jdiff._typing import Array, Field, Process
 from jdiff.processes import log_snr, time_at
 from jdiff.solvers.base import Noise, Solver, State, white
@@ -43,17 +46,17 @@ def ddim(process: Process, denoise: Field, eta: Array | float = 0.0, *, noise: N
 
     def step(keys, state, t, s):
         x = state.x
-        t, s = batch_time(t, x), batch_time(s, x)
+        t, s, w = batch_time(t, x), batch_time(s, x), scalars(eta, x, "eta")
         (_, sigma_t), (alpha_s, sigma_s) = process.marginal(t), process.marginal(s)
         log_r2 = log_snr(process, t) - log_snr(process, s)
         # sqrt(sigma_s^2 - w^2) = sigma_s exp(log_kept); both coefficients come without a difference of large numbers.
-        log_kept = 0.0 if deterministic else 0.5 * jnp.log1p(eta**2 * jnp.expm1(log_r2))
+        log_kept = 0.0 if deterministic else 0.5 * jnp.log1p(w**2 * jnp.expm1(log_r2))
         terms = [
             (sigma_s / sigma_t * jnp.exp(log_kept), x),
             (-alpha_s * jnp.expm1(0.5 * log_r2 + log_kept), call(denoise, x, t)),
         ]
         if not deterministic:
-            terms.append((eta * sigma_s * jnp.sqrt(-jnp.expm1(log_r2)), noise(keys, x, t, s)))
+            terms.append((w * sigma_s * jnp.sqrt(-jnp.expm1(log_r2)), noise(keys, x, t, s)))
         return State(lincomb(*terms))
 
     return Solver(State, step, 1)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
 
 from jdiff._array import call
 from jdiff.sde import SDE
 
+if TYPE_CHECKING:
+    import diffrax
+
 __all__ = ["to_diffrax"]
 
 
-def to_diffrax(sde: SDE | Callable[[Any], SDE], brownian_motion=None):
+def to_diffrax(
+    sde: SDE | Callable[[Any], SDE], brownian_motion: diffrax.AbstractBrownianPath | None = None
+) -> diffrax.AbstractTerm:
     """Return diffrax terms for an SDE of ours (diffrax is an optional dependency: `pip install jdiff[diffrax]`).
 
     The state keeps its leading batch axis; diffrax's scalar t reaches the field as (batch,). diffrax then takes one
@@ -44,7 +51,7 @@ def to_diffrax(sde: SDE | Callable[[Any], SDE], brownian_motion=None):
 
     if isinstance(sde, SDE):
         build(None)
-    drift = diffrax.ODETerm(lambda t, y, args: call(build(args).drift, y, t))
+    drift = diffrax.ODETerm(lambda t, y, args: call(build(args).drift, y, jnp.asarray(t)))
     if brownian_motion is None:
         return drift
 

@@ -7,17 +7,22 @@ With l = log(alpha/sigma), h = l_s - l_t and a denoiser x_0, the probability flo
 The polynomial is written in Newton's form, with divided differences. A point that is not there yet is infinitely far
 away: its differences vanish, and the order builds up by itself from the first step, which is DDIM. A point at
 alpha = 0, where l = -inf, is such a point too.
+
+When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
+TypeError for states, times or numbers of another kind than they must be.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdiff._array import batch_time, call, full_like_batch, lincomb
+from jdiff._array import batch_time, call, check_real, full_like_batch, lincomb, scalars
 from jdiff._typing import Array, Field, Process, PyTree
 from jdiff.processes import log_snr, rates
 from jdiff.solvers.base import Noise, Solver, State, white
@@ -47,11 +52,11 @@ def dpmpp_2m(process: Process, denoise: Field, eta: Array | float = 0.0, *, nois
     Raises:
       ValueError: a negative number eta.
     """
-    rate = _rate(eta)
+    fixed = _rate(eta)
 
     def step(keys, state, t, s):
         x, (past, gaps) = state
-        t, s = batch_time(t, x), batch_time(s, x)
+        t, s, rate = batch_time(t, x), batch_time(s, x), scalars(fixed, x, "eta")
         x0, h = call(denoise, x, t), _length(process, t, s)
         (slope,) = _differences([x0, *past], gaps)
         alpha, _ = process.marginal(s)
@@ -87,11 +92,11 @@ def exponential_adams(
     """
     if order not in (1, 2, 3, 4):
         raise ValueError(f"exponential_adams has orders 1 to 4, got {order}")
-    rate = _rate(eta)
+    fixed = _rate(eta)
 
     def step(keys, state, t, s):
         x, (past, gaps) = state
-        t, s = batch_time(t, x), batch_time(s, x)
+        t, s, rate = batch_time(t, x), batch_time(s, x), scalars(fixed, x, "eta")
         x0, h = call(denoise, x, t), _length(process, t, s)
         alpha, _ = process.marginal(s)
         # In units of 1/k the integral is that of the flow.
@@ -103,7 +108,7 @@ def exponential_adams(
         x = lincomb(*terms, *((alpha * w, d) for w, d in zip(weights, differences)))
         return State(x, _shift(x0, h, past, gaps, order - 1))
 
-    return Solver(lambda x: State(x, _no_past(x, order - 1)), step, min(order, 2) if _noisy(rate) else order)
+    return Solver(lambda x: State(x, _no_past(x, order - 1)), step, min(order, 2) if _noisy(fixed) else order)
 
 
 def dpmpp_3m(process: Process, denoise: Field, eta: Array | float = 0.0, *, noise: Noise = white) -> Solver:
@@ -262,6 +267,7 @@ def _rate(eta):
         if not 0 <= eta < float("inf"):
             raise ValueError(f"eta must be finite and not negative, got {eta}")
         return 0.0 if eta == 0 else eta**2
+    check_real(eta, "eta")
     return eta**2
 
 
@@ -303,11 +309,13 @@ def _moments(h: Array, count: int) -> list[Array]:
 
 def _newton_integrals(moments: list[Array], points: list[Array]) -> list[Array]:
     """int_0^h e^-(h - u) (u - p_1) ... (u - p_k) du for k = 1 ... len(points)."""
-    polynomial, integrals = [jnp.ones_like(moments[0])], []
+    polynomial: list[Array] = [jnp.ones_like(moments[0])]
+    integrals: list[Array] = []
     for point in points:
-        raised, lowered = [0.0, *polynomial], [*(-point * c for c in polynomial), 0.0]
-        polynomial = [a + b for a, b in zip(raised, lowered)]
-        integrals.append(sum(c * m for c, m in zip(polynomial, moments)))
+        lowered = [-point * c for c in polynomial]
+        inner = [a + b for a, b in zip(polynomial, lowered[1:])]
+        polynomial = [lowered[0], *inner, polynomial[-1]]
+        integrals.append(functools.reduce(operator.add, (c * m for c, m in zip(polynomial, moments))))
     return integrals
 
 

@@ -1,4 +1,8 @@
-"""Fixed-step Runge-Kutta solvers for any ODE dx/dt = drift(x, t)."""
+"""Fixed-step Runge-Kutta solvers for any ODE dx/dt = drift(x, t).
+
+When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
+TypeError for states, times or numbers of another kind than they must be.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from jdiff.sde import SDE
 from jdiff.solvers.base import Solver, State
 from jdiff.solvers.tableaus import EULER, HEUN, MIDPOINT, RK4, Tableau
 
-__all__ = ["check_ode", "euler", "heun", "midpoint", "rk4", "runge_kutta"]
+__all__ = ["euler", "heun", "midpoint", "rk4", "runge_kutta"]
 
 
 def check_ode(sde: SDE) -> None:
@@ -16,9 +20,9 @@ def check_ode(sde: SDE) -> None:
         raise ValueError("this solver integrates ODEs, the SDE has a diffusion: see probability_flow, euler_maruyama")
 
 
-def stages(drift, tableau: Tableau, x, t, h, first=None):
-    """Return the slopes k_i of one step of length h from (x, t); `first` is k_1 where it is known."""
-    slopes = [call(drift, x, t) if first is None else first]
+def _stages(drift, tableau, x, t, h):
+    """Return the slopes k_i of one step of length h from (x, t)."""
+    slopes = [call(drift, x, t)]
     for c, row in zip(tableau.c[1:], tableau.a):
         terms = [(h * a, k) for a, k in zip(row, slopes) if a != 0]
         slopes.append(call(drift, lincomb((1.0, x), *terms), t + c * h))
@@ -36,7 +40,7 @@ def runge_kutta(sde: SDE, tableau: Tableau) -> Solver:
     def step(key, state, t, s):
         t, s = batch_time(t, state.x), batch_time(s, state.x)
         h = s - t
-        slopes = stages(sde.drift, tableau, state.x, t, h)
+        slopes = _stages(sde.drift, tableau, state.x, t, h)
         return State(lincomb((1.0, state.x), *((h * b, k) for b, k in zip(tableau.b, slopes) if b != 0)))
 
     return Solver(State, step, tableau.order)

@@ -1,4 +1,7 @@
-"""Training times, drawn for each position of the global batch, for every process."""
+"""Training times, drawn for each position of the global batch, for every process.
+
+All raise ValueError and TypeError as `uniform` does.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,31 @@ import jax.numpy as jnp
 from jax.scipy.special import ndtri
 from jax.scipy.stats import norm
 
-from jdiff._array import check_key
+from jdiff._array import check_count, check_key, check_positive, is_concrete
 from jdiff._typing import Array, Key, Process
 from jdiff.processes import log_snr, rates, time_at
 from jdiff.times.grids import ends, log_snr_ends
+
+__all__ = [
+    "Draw",
+    "cosmap",
+    "final",
+    "importance",
+    "log_normal",
+    "logit_normal",
+    "mode",
+    "shift_draws",
+    "stratified",
+    "uniform",
+]
 
 Draw = Callable[..., tuple[Array, Array]]
 """(key, process, index, total, *, t_min, t_max) -> (t, weight), as `uniform`."""
 
 
-def uniform(key: Key, process: Process, index: Array, total: int, *, t_min=None, t_max=None) -> tuple[Array, Array]:
+def uniform(
+    key: Key, process: Process, index: Array, total: int, *, t_min: float | None = None, t_max: float | None = None
+) -> tuple[Array, Array]:
     """Draw t uniformly in [t_min, t_max], independently for each position `index` of the global batch.
 
     Args:
@@ -34,15 +52,17 @@ def uniform(key: Key, process: Process, index: Array, total: int, *, t_min=None,
       t and weight (ones), shape (batch,).
 
     Raises:
-      TypeError: key is not a typed threefry key.
-      ValueError: t_min and t_max are not in order.
+      TypeError: key is not a typed threefry key, index no array of integers, total no integer.
+      ValueError: t_min and t_max are not in order, key or index of another shape, total < 1.
     """
     low, high = ends(process, 1, t_min, t_max)
-    t = low + (high - low) * _independent(key, index)
+    t = low + (high - low) * _independent(key, index, total)
     return t, jnp.ones_like(t)
 
 
-def stratified(key: Key, process: Process, index: Array, total: int, *, t_min=None, t_max=None) -> tuple[Array, Array]:
+def stratified(
+    key: Key, process: Process, index: Array, total: int, *, t_min: float | None = None, t_max: float | None = None
+) -> tuple[Array, Array]:
     """Draw t uniformly, one in each of `total` equal strata of the global batch (arguments as in `uniform`).
 
     One shift u for the whole batch, t = t_min + (t_max - t_min) ((u + index/total) mod 1): Kingma et al. 2021 (arXiv
@@ -53,7 +73,9 @@ def stratified(key: Key, process: Process, index: Array, total: int, *, t_min=No
     return t, jnp.ones_like(t)
 
 
-def importance(key: Key, process: Process, index: Array, total: int, *, t_min=None, t_max=None) -> tuple[Array, Array]:
+def importance(
+    key: Key, process: Process, index: Array, total: int, *, t_min: float | None = None, t_max: float | None = None
+) -> tuple[Array, Array]:
     """Draw stratified t with density proportional to g^2/sigma^2, i.e. uniform in log-SNR (arguments as in `uniform`).
 
     The variance-reduced times for likelihood weighting of Song et al. 2021 (arXiv 2101.09258), section 5.1: g^2/sigma^2
@@ -69,7 +91,16 @@ def importance(key: Key, process: Process, index: Array, total: int, *, t_min=No
 
 
 def log_normal(
-    key: Key, process: Process, index: Array, total: int, *, mean=-1.2, std=1.2, uniform=0.0, t_min=None, t_max=None
+    key: Key,
+    process: Process,
+    index: Array,
+    total: int,
+    *,
+    mean: float = -1.2,
+    std: float = 1.2,
+    uniform: float = 0.0,
+    t_min: float | None = None,
+    t_max: float | None = None,
 ) -> tuple[Array, Array]:
     """Draw stratified t with log(sigma/alpha) ~ N(mean, std^2), cut to [t_min, t_max] (arguments as in `uniform`).
 
@@ -92,10 +123,10 @@ def log_normal(
       t and weight, shape (batch,).
 
     Raises:
-      ValueError: std <= 0, or uniform outside [0, 1).
+      ValueError: mean not finite, std not positive and finite, or uniform outside [0, 1).
     """
-    if std <= 0:
-        raise ValueError(f"std must be positive, got {std}")
+    _check_finite(mean, "mean")
+    check_positive(std, "std")
     if not 0 <= uniform < 1:
         raise ValueError(f"uniform must be in [0, 1), got {uniform}")
     low, high = ends(process, 1, t_min, t_max)
@@ -113,7 +144,15 @@ def log_normal(
 
 
 def logit_normal(
-    key: Key, process: Process, index: Array, total: int, *, mean=0.0, std=1.0, t_min=None, t_max=None
+    key: Key,
+    process: Process,
+    index: Array,
+    total: int,
+    *,
+    mean: float = 0.0,
+    std: float = 1.0,
+    t_min: float | None = None,
+    t_max: float | None = None,
 ) -> tuple[Array, Array]:
     """Draw stratified t with logit(u) ~ N(mean, std^2), u = (t - t_min) / (t_max - t_min) (arguments as in `uniform`).
 
@@ -122,16 +161,23 @@ def logit_normal(
     weight is unbounded towards both ends, where the density vanishes.
 
     Raises:
-      ValueError: std <= 0.
+      ValueError: mean not finite, or std not positive and finite.
     """
-    if std <= 0:
-        raise ValueError(f"std must be positive, got {std}")
+    _check_finite(mean, "mean")
+    check_positive(std, "std")
     quantile = lambda u: jax.nn.sigmoid(mean + std * ndtri(u))
     return _by_quantile(key, process, index, total, quantile, t_min, t_max)
 
 
 def mode(
-    key: Key, process: Process, index: Array, total: int, *, scale=1.29, t_min=None, t_max=None
+    key: Key,
+    process: Process,
+    index: Array,
+    total: int,
+    *,
+    scale: float = 1.29,
+    t_min: float | None = None,
+    t_max: float | None = None,
 ) -> tuple[Array, Array]:
     """Draw stratified t at 1 - u - scale (cos^2(pi u / 2) - 1 + u) of the way from t_min to t_max, u uniform.
 
@@ -147,7 +193,9 @@ def mode(
     return _by_quantile(key, process, index, total, quantile, t_min, t_max)
 
 
-def cosmap(key: Key, process: Process, index: Array, total: int, *, t_min=None, t_max=None) -> tuple[Array, Array]:
+def cosmap(
+    key: Key, process: Process, index: Array, total: int, *, t_min: float | None = None, t_max: float | None = None
+) -> tuple[Array, Array]:
     """Draw stratified t with the density 2 / (pi (1 - 2u + 2u^2)) of u = (t - t_min) / (t_max - t_min).
 
     Esser et al. 2024 (arXiv 2403.03206), eqs. 21 and 22: on Rectified the signal-to-noise ratios are those of uniform
@@ -161,7 +209,9 @@ def cosmap(key: Key, process: Process, index: Array, total: int, *, t_min=None, 
     return _by_quantile(key, process, index, total, quantile, t_min, t_max)
 
 
-def final(key: Key, process: Process, index: Array, total: int, *, t_min=None, t_max=None) -> tuple[Array, Array]:
+def final(
+    key: Key, process: Process, index: Array, total: int, *, t_min: float | None = None, t_max: float | None = None
+) -> tuple[Array, Array]:
     """Return t_max for every position, weight 1: no estimate of an average, but distillation into one step.
 
     Liu et al. 2022 (arXiv 2209.03003): the velocity at pure noise, trained on pairs of a flow, is its
@@ -179,10 +229,9 @@ def shift_draws(draw: Draw, shift: float) -> Draw:
     2403.03206), eq. 23; the weight is multiplied with the derivative, so that weighted averages stay what they were.
 
     Raises:
-      ValueError: shift <= 0.
+      ValueError: shift not positive and finite.
     """
-    if shift <= 0:
-        raise ValueError(f"shift must be positive, got {shift}")
+    check_positive(shift, "shift")
 
     def shifted(key, process, index, total, *, t_min=None, t_max=None):
         low, high = ends(process, 1, t_min, t_max)
@@ -209,11 +258,27 @@ def _log_snr_speed(process, t):
     return 2 * (dsigma / sigma - dalpha / alpha)
 
 
-def _independent(key, index):
-    check_key(key)
+def _check_finite(value, name):
+    if is_concrete(value) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def _check(key, index, total):
+    if check_key(key).shape != ():
+        raise ValueError(f"key must be one key for the whole batch, got shape {key.shape}")
+    if not hasattr(index, "dtype") or not jnp.issubdtype(index.dtype, jnp.integer):
+        raise TypeError(f"index must be an array of integers, got {getattr(index, 'dtype', type(index).__name__)}")
+    if index.ndim != 1:
+        raise ValueError(f"index must have shape (batch,), got {index.shape}")
+    if is_concrete(total):
+        check_count(total, "total")
+
+
+def _independent(key, index, total):
+    _check(key, index, total)
     return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(index)
 
 
 def _spread(key, index, total):
-    check_key(key)
+    _check(key, index, total)
     return (jax.random.uniform(key) + index / total) % 1

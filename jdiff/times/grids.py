@@ -1,4 +1,8 @@
-"""Sampling grids, for every process."""
+"""Sampling grids, for every process.
+
+All raise ValueError for n below 1 and for t_min and t_max that are not in order within [0, process.t_max], and
+TypeError for an n that is no integer.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
+from jdiff._array import check_count, check_positive
 from jdiff._typing import Array, Process
 from jdiff.processes import log_snr, time_at
 
@@ -51,10 +56,9 @@ def karras(
     """Return n steps of equal length in (sigma/alpha)^(1/rho) (Karras et al. 2022, arXiv 2206.00364, eq. 5).
 
     Raises:
-      ValueError: n < 1, t_min and t_max not in order, or rho <= 0.
+      ValueError: n < 1, t_min and t_max not in order, or rho not positive and finite.
     """
-    if rho <= 0:
-        raise ValueError(f"rho must be positive, got {rho}")
+    check_positive(rho, "rho")
     low, high = ends(process, n, t_min, t_max)
     most, least = log_snr_ends(process, low, high)
     first, last = jnp.exp(-0.5 * least / rho), jnp.exp(-0.5 * most / rho)
@@ -78,10 +82,9 @@ def polyexponential(
     polynomial in log sigma of Crowson's k-diffusion, 2022).
 
     Raises:
-      ValueError: n < 1, t_min and t_max not in order, or rho <= 0.
+      ValueError: n < 1, t_min and t_max not in order, or rho not positive and finite.
     """
-    if rho <= 0:
-        raise ValueError(f"rho must be positive, got {rho}")
+    check_positive(rho, "rho")
     low, high = ends(process, n, t_min, t_max)
     most, least = log_snr_ends(process, low, high)
     return _pin(time_at(process, most + (least - most) * (1 - _fractions(n)) ** rho), low, high)
@@ -96,10 +99,9 @@ def shifted(
     for 1024x1024) keeps the uncertainty about the image, sigma/alpha over the root of the number of pixels.
 
     Raises:
-      ValueError: n < 1, t_min and t_max not in order, or shift <= 0.
+      ValueError: n < 1, t_min and t_max not in order, or shift not positive and finite.
     """
-    if shift <= 0:
-        raise ValueError(f"shift must be positive, got {shift}")
+    check_positive(shift, "shift")
     low, high = ends(process, n, t_min, t_max)
     u = 1 - _fractions(n)
     return _pin(low + (high - low) * shift * u / (1 + (shift - 1) * u), low, high)
@@ -123,9 +125,12 @@ def subsequence(
     Raises:
       ValueError: n not in 1 ... total, unknown spacing, t_min not below the last of these times.
     """
+    check_count(n, "n", 0)
+    check_count(total, "total")
     if not 1 <= n <= total:
         raise ValueError(f"a subsequence of {total} steps has 1 to {total} of them, got n = {n}")
     steps = np.arange(n)
+    k: np.ndarray
     if spacing == "linspace":
         k = np.round(np.linspace(total - 1, 0, n))
     elif spacing == "leading":
@@ -141,14 +146,14 @@ def subsequence(
     return jnp.asarray(np.append(ts, low), jnp.zeros(()).dtype)
 
 
-def ends(process, n, t_min, t_max):
+def ends(process: Process, n: int, t_min: float | None, t_max: float | None) -> tuple[float, float]:
     """Return t_min and t_max with the process's for None.
 
     Raises:
       ValueError: n < 1, or they are not in order.
+      TypeError: n is no integer.
     """
-    if n < 1:
-        raise ValueError(f"a grid needs at least one step, got n = {n}")
+    check_count(n, "n")
     low = process.t_min if t_min is None else t_min
     high = process.t_max if t_max is None else t_max
     if not 0 <= low < high <= process.t_max:
@@ -164,7 +169,8 @@ def _pin(ts, low, high):
     return ts.at[0].set(high).at[-1].set(low)
 
 
-def log_snr_ends(process, low, high):
+def log_snr_ends(process: Process, low: float, high: float) -> tuple[Array, Array]:
     """Return the log-SNR at both ends, the cap where it is infinite."""
     values = log_snr(process, jnp.asarray(low)), log_snr(process, jnp.asarray(high))
-    return tuple(jnp.where(jnp.isfinite(end), end, cap) for end, cap in zip(values, (_LOG_SNR_CAP, -_LOG_SNR_CAP)))
+    most, least = (jnp.where(jnp.isfinite(end), end, cap) for end, cap in zip(values, (_LOG_SNR_CAP, -_LOG_SNR_CAP)))
+    return most, least

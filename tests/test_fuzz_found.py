@@ -1,0 +1,194 @@
+"""What the fuzz of tests/test_fuzz.py found, one case each; and values: NaN, huge ones, no examples, broken files."""
+
+import importlib
+import inspect
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_fuzz
+import test_fuzz_rooms
+from fuzzing import FAST
+from hypothesis import strategies as st
+from test_package import PUBLIC
+
+import jdiff
+from jdiff import (
+    bounds,
+    cnf,
+    conditions,
+    control,
+    coupling,
+    editing,
+    grid_search,
+    levels,
+    losses,
+    operators,
+    processes,
+    saturation,
+    sde,
+    solvers,
+    times,
+    training,
+    transforms,
+)
+from jdiff.importers import flax_msgpack
+
+VP, KEY = jdiff.VP(), jax.random.key(0)
+X, T = jnp.linspace(-1.0, 1.0, 6).reshape(3, 2), jnp.full(3, 0.5)
+TS = jnp.asarray([1.0, 0.5, 0.1])
+T8 = transforms.DataTransform(8)
+shrink = lambda x, t: -x
+total = lambda z: -jnp.sum(z)
+one = jnp.ones(1)
+HEUN = solvers.heun(jdiff.probability_flow(VP, shrink))
+mask = operators.mask(jnp.ones((1, 2)), (2,))
+run = lambda solver, key=None: solvers.integrate(key, solver, X, TS)
+
+# What broadcast in silence.
+BROADCAST = {
+    "prior of a likelihood": (lambda: jdiff.log_likelihood(KEY, VP, shrink, X, prior_log_prob=total), "prior_log_prob"),
+    "prior of a CNF": (lambda: cnf.maximum_likelihood(KEY, VP, shrink, X, TS[::-1], prior_log_prob=total), "prior_log"),
+    "prior of a bound": (lambda: bounds.density_bound(KEY, VP, shrink, X, prior_log_prob=total), "prior_log_prob"),
+    "eps-field of a bound": (lambda: bounds.density_bound(KEY, VP, lambda x, t: jnp.sum(x), X, predict="eps"), "must"),
+    "eta of reverse": (lambda: sde.reverse(VP, shrink, eta=one).drift(X, T), "eta must be a scalar"),
+    "eta of DDIM": (lambda: run(solvers.ddim(VP, shrink, one), KEY), "eta must be a scalar"),
+    "eta of 2M": (lambda: run(solvers.dpmpp_2m(VP, shrink, one), KEY), "eta must be a scalar"),
+    "mix": (lambda: saturation.rescale(VP, one, predict="x0")(X, X, X, T), "mix must be a scalar"),
+    "weight": (lambda: editing.slerp(X, X, one), "weight must be a scalar"),
+    "edit": (
+        lambda: editing.edit_latent(solvers.heun(jdiff.probability_flow(VP, shrink)), X, TS, lambda z: z[:1]),
+        "edit",
+    ),
+    "matrix": (lambda: operators.conjugate_gradients(lambda u: u[..., :1], X, 2), "matrix must return"),
+    "levels": (lambda: bounds.decode(VP, X, T, jnp.zeros((1, 2), int), T8), "levels must have the shape of z"),
+    "decoded mean": (lambda: bounds.decode_cells(X[:1], 0.1, jnp.zeros((3, 2), int), T8), "levels must have the shape"),
+    "label": (lambda: losses.label_log_prob(X, jnp.zeros(1, int)), "label must have shape"),
+    "std of a measurement": (lambda: control.dps(VP, shrink, lambda x: x, X, one)(X, T), "std must be a scalar"),
+    "residual": (lambda: operators.solve(mask, X[0], 1.0, 1.0), "residual|y must fit"),
+    "logits": (lambda: levels.level_field(VP, lambda x, t: jnp.zeros((1, 24)), jnp.zeros((2, 4)))(X, T), "logits"),
+    "any coefficient": (lambda: jdiff._array.lincomb((one, X)), "a coefficient must be a scalar or have shape"),
+}
+# What was taken as if it were something else, or ended inside of JAX.
+TAKEN = {
+    "half a step": (lambda: times.linear(VP, 1.5), "n must be an integer"),
+    "half a candidate": (
+        lambda: grid_search.best_grid(VP, shrink, jnp.zeros((3, 2, 2)), TS, 1.5),
+        "n must be an integer",
+    ),
+    "rho": (lambda: times.karras(VP, 3, rho=np.inf), "rho must be positive and finite"),
+    "std": (lambda: times.log_normal(KEY, VP, jnp.arange(3), 3, std=np.nan), "std must be positive"),
+    "mean": (lambda: times.logit_normal(KEY, VP, jnp.arange(3), 3, mean=np.nan), "mean must be finite"),
+    "keys for a batch": (lambda: times.uniform(jax.random.split(KEY, 3), VP, jnp.arange(3), 3), "key must be one key"),
+    "index": (lambda: times.stratified(KEY, VP, jnp.ones(3), 3), "index must be an array of integers"),
+    "total": (lambda: times.stratified(KEY, VP, jnp.arange(3), 0), "total must be at least 1"),
+    "complex times": (lambda: processes.log_snr(VP, 1j * T), "t must be a real number"),
+    "a negative size": (lambda: processes.prior_sample(KEY, VP, (3, -2)), "shape must be"),
+    "no entries": (lambda: jdiff.log_likelihood(KEY, VP, shrink, jnp.zeros((3, 0))), "x must have entries"),
+    "no tolerance": (lambda: solvers.langevin(shrink, snr=np.inf), "snr must be positive and finite"),
+    "a path the other way": (lambda: solvers.brownian(KEY, VP, t_min=0.5, t_max=0.1), "t_min < t_max"),
+    "an endless range": (lambda: saturation.threshold(VP, shrink, predict="x0", high=np.inf), "both finite"),
+    "a half draw": (lambda: bounds.level_bound(KEY, VP, shrink, jnp.zeros((3, 2), int), T8, ts=TS, draws=1.5), "draws"),
+    "a rate of 2": (lambda: conditions.drop_condition(jax.random.split(KEY, 3), X, X, 2), "rate must be a probability"),
+    "labels": (lambda: coupling.optimal_transport(X, X, labels=T), "labels must be an array of integers"),
+    "weight decay": (lambda: training.adam(1e-3, weight_decay=np.nan), "weight_decay"),
+    "parts": (lambda: training.mean_gradient(None, accumulate=1.5), "accumulate must be an integer"),
+    "sigma_data": (lambda: losses.edm(np.nan), "sigma_data must be positive"),
+    "gamma": (lambda: losses.min_snr(np.nan), "gamma must be positive"),
+    "start": (lambda: jdiff.dequantisation.start_time(VP, T8, np.inf), "tau must be positive"),
+    "infinite times": (lambda: solvers.integrate(None, HEUN, X, np.full(2, np.inf, np.float32)), "strictly monotone"),
+    "no array": (lambda: processes.perturb(VP, X, None, T), "eps must be one array"),
+}
+
+
+@pytest.mark.parametrize("name", [*BROADCAST, *TAKEN])
+def test_what_the_fuzz_found_is_refused(name):
+    call, message = (BROADCAST | TAKEN)[name]
+    with pytest.raises((ValueError, TypeError), match=message):
+        jax.eval_shape(
+            lambda: jax.tree.map(jnp.asarray, [leaf for leaf in jax.tree.leaves(call()) if not callable(leaf)])
+        )
+
+
+def test_what_is_right_was_refused():
+    """Calls that ended in an error although nothing is wrong with them."""
+
+    # Inside jit JAX's own comparison of a known number is not known.
+    def guided(x, t):
+        return control.dps(VP, shrink, lambda x: x, X, 0.1)(x, t)
+
+    def bound(levels):
+        return bounds.level_bound(KEY, VP, shrink, levels, T8, ts=np.asarray(TS), draws=2).value
+
+    def costs(path):
+        return grid_search.step_costs(VP, shrink, path, TS)
+
+    def clipped(x, t):
+        return saturation.threshold(VP, shrink, predict="x0", quantile=0)(x, t)
+
+    assert jax.eval_shape(guided, X, T).shape == X.shape
+    assert jax.eval_shape(bound, jnp.zeros((3, 2), int)).shape == (3,)
+    assert jax.eval_shape(costs, jnp.zeros((3, 4, 2), jnp.float16)).shape == (3, 3)
+    assert jax.eval_shape(clipped, X, T).shape == X.shape
+
+
+# Networks, data sets, checkpoints, importers and mappings over devices have tests of their own with broken inputs.
+ROOMS = [name for name in PUBLIC if name.split(".")[1] not in {"nn", "data", "checkpoint", "importers", "parallel"}]
+# What takes processes, functions or solvers alone, and what is a part of a function that is fuzzed.
+WITHOUT = {
+    *("bounds.end_time", "processes.prior_std", "sde.forward", "solvers.predictor_corrector", "solvers.runge_kutta"),
+    *("interpolants.encoding_decoding", "interpolants.linear", "interpolants.one_sided", "interpolants.sine_squared"),
+    *("interpolants.trigonometric", "operators.linear", "operators.diagonal", "predictions.check_kind"),
+    *("solvers.to_diffrax", "solvers.white", "training.apply_gradient", "training.init_state"),
+    *("training.mean_gradient", "training.shared_key", "conditions.with_null"),
+}
+
+
+def test_every_public_function_is_fuzzed():
+    fuzzed = {entry.function for entry in test_fuzz.ENTRIES + test_fuzz_rooms.ENTRIES}
+    missing = set()
+    for name in ROOMS:
+        module = importlib.import_module(name)
+        for public in module.__all__ if not hasattr(module, "__path__") else ():
+            function = getattr(module, public)
+            if inspect.isfunction(function) and function not in fuzzed:
+                missing.add(f"{name.split('.')[1]}.{public}")
+    assert missing == WITHOUT
+
+
+def test_no_examples_are_no_results():
+    empty = jnp.zeros((0, 2))
+    solver = solvers.deis(VP, shrink)
+    assert solvers.integrate(None, solver, empty, TS)[0].shape == (0, 2)
+    found = jdiff.log_likelihood(KEY, VP, lambda x, t: -x, empty)
+    assert [leaf.shape for leaf in found] == [(0,), (0, 2), (0,), (0,), (0,)]
+    assert losses.denoising(KEY, shrink, VP, empty, 0.5, predict="eps").shape == (0,)
+    with pytest.raises(ValueError, match="batch >= 1"):
+        jdiff.sample(KEY, VP, solver, (0, 2), TS)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30], ids=str)
+def test_a_value_that_is_not_finite_or_huge_stays_in_its_example(value):
+    keys = jax.random.split(KEY, 3)
+    broken = X.at[1, 0].set(value)
+    likelihood = jax.jit(lambda x: jdiff.log_likelihood(keys, VP, lambda x, t: -x, x, max_steps=50))
+    found, usual = likelihood(broken), likelihood(X)
+    assert found.failed[1] and np.isnan(found.log_prob[1]) and not found.failed[::2].any()
+    np.testing.assert_array_equal(found.log_prob[::2], usual.log_prob[::2])
+    loss = jax.jit(lambda x: losses.denoising(keys, shrink, VP, x, T, predict="eps"))
+    np.testing.assert_array_equal(loss(broken)[::2], loss(X)[::2])
+    step = jax.jit(lambda x: solvers.integrate(keys, solvers.dpmpp_2m(VP, shrink, 1.0), x, TS)[0])
+    np.testing.assert_array_equal(step(broken)[::2], step(X)[::2])
+
+
+@hypothesis.given(
+    st.binary(max_size=64) | st.binary(max_size=32).map(lambda tail: b"\x82\xa4step\x01\xaaparams_ema" + tail)
+)
+@hypothesis.settings(FAST, max_examples=100)
+def test_bytes_that_are_no_checkpoint_are_refused(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "checkpoint"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="is not a whole flax checkpoint"):
+        flax_msgpack.read(path)
