@@ -26,7 +26,7 @@ test: $(READY)
 	$(RUN) -m pytest -m "not slow" $(ARGS)
 
 test-slow: $(READY)
-	$(RUN) -m pytest -m slow $(ARGS)
+	JDIFF_TEST_OPTIMISED=1 $(RUN) -m pytest -m slow $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

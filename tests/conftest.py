@@ -1,20 +1,65 @@
-"""One strict session for every test: CPU, 8 simulated devices, no silent promotion, compiled programs cached."""
+"""One strict session for every test: CPU, 8 simulated devices, no silent promotion, programs compiled quickly, once."""
 
+import gc
 import os
 import pathlib
+import random
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Compiling is most of the fast tests' time: without LLVM's optimisations and XLA's newer emitters of fusions it takes
+# a quarter, and programs run slower. With JDIFF_TEST_OPTIMISED=1, as in the slow tests, they are compiled as users do.
+if not os.environ.get("JDIFF_TEST_OPTIMISED"):
+    os.environ["XLA_FLAGS"] += (
+        " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        " --xla_cpu_parallel_codegen_split_count=1"
+    )
 
 import jax
 import pytest
 
+# Tracing makes many objects and few cycles: looking for cycles less often spares a sixth of its time.
+gc.set_threshold(100_000, 20, 100)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # One folder a worker: JAX does not write its cache atomically, and a worker must not read what another is writing.
 _CACHE = pathlib.Path(os.environ.get("JDIFF_TEST_CACHE", pathlib.Path(__file__).parents[1] / ".jax_cache"))
 jax.config.update("jax_compilation_cache_dir", str(_CACHE / os.environ.get("PYTEST_XDIST_WORKER", "main")))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="the files, and the tests of each, in random order")
+
+
+def pytest_collection_modifyitems(config, items):
+    """In any order of the files and of their tests; each file stays whole, so that its fixtures are made once."""
+    if (seed := config.getoption("shuffle")) is not None:
+        draw, files = random.Random(seed), {}
+        for item in items:
+            files.setdefault(item.path, []).append(item)
+        for tests in (groups := list(files.values())):
+            draw.shuffle(tests)
+        draw.shuffle(groups)
+        items[:] = [item for tests in groups for item in tests]
+
+
+@pytest.fixture(scope="session")
+def _digits(tmp_path_factory):
+    """The digits, prepared once a worker."""
+    from jdiff import data
+
+    folder = tmp_path_factory.mktemp("tfds")
+    data.load("digits", "train", data_dir=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digits(_digits):
+    """TFDS_DATA_DIR with the digits in it, for the tests of a file and its fixtures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(_digits))
+        yield
 
 
 @pytest.fixture

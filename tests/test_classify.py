@@ -1,7 +1,6 @@
 """A classifier of noisy digits, trained, evaluated along the noise, and refused where a generative model is meant."""
 
 import json
-import os
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +12,7 @@ from configs import mnist_classifier
 from experiments import artefacts, build, checks, classify, cli, export, model, objectives, sample, train
 from jdiff import Rectified, data, guidance, times
 
-
-@pytest.fixture(scope="module", autouse=True)
-def prepared(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tfds")
-    data.load("digits", "train", data_dir=folder)
-    before = os.environ.get("TFDS_DATA_DIR")
-    os.environ["TFDS_DATA_DIR"] = str(folder)
-    yield
-    os.environ.pop("TFDS_DATA_DIR") if before is None else os.environ.update(TFDS_DATA_DIR=before)
+pytestmark = pytest.mark.usefixtures("digits")
 
 
 def _config(*changes):
@@ -38,7 +29,7 @@ def _config(*changes):
 
 
 @pytest.fixture(scope="module")
-def done(prepared, tmp_path_factory):
+def done(digits, tmp_path_factory):
     run = artefacts.Run(str(tmp_path_factory.mktemp("runs") / "classifier"))
     assert train.train(_config(), run) == 0
     return run

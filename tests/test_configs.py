@@ -56,11 +56,7 @@ DDPM = {
 }
 
 
-@pytest.fixture(autouse=True)
-def prepared(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.getbasetemp() / "tfds"
-    data.load("digits", "train", data_dir=folder)
-    monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
+pytestmark = pytest.mark.usefixtures("digits")
 
 
 def continuous(row):

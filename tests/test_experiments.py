@@ -43,16 +43,7 @@ from jdiff import checkpoint, data
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
 
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tfds")
-    data.load("digits", "train", data_dir=folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def prepared(data_dir, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+pytestmark = pytest.mark.usefixtures("digits")
 
 
 def _config(**changes):
@@ -78,16 +69,11 @@ def _config(**changes):
 
 
 @pytest.fixture(scope="module")
-def done(data_dir, tmp_path_factory):
+def done(digits, tmp_path_factory):
     """A run folder, trained once for the tests that only read it."""
-    before = os.environ.get("TFDS_DATA_DIR")
-    os.environ["TFDS_DATA_DIR"] = str(data_dir)
-    try:
-        run = Run(tmp_path_factory.mktemp("runs") / "done")
-        assert train.train(_config(), run) == 0
-        return run
-    finally:
-        os.environ.pop("TFDS_DATA_DIR") if before is None else os.environ.update(TFDS_DATA_DIR=before)
+    run = Run(tmp_path_factory.mktemp("runs") / "done")
+    assert train.train(_config(), run) == 0
+    return run
 
 
 def _items(run):

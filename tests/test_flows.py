@@ -15,16 +15,7 @@ from jdiff import data, dequantisation
 CONFIGS = {"cnf": digits_cnf, "coupling": digits_coupling}
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tfds")
-    data.load("digits", "train", data_dir=folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def prepared(data_dir, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+pytestmark = pytest.mark.usefixtures("digits")
 
 
 def gaussian_bits(images, levels, mean, std):

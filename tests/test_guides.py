@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 
 import jax
 import jax.numpy as jnp
@@ -42,15 +41,12 @@ def _classifier():
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Data, and the run folder of a model of random parameters, which depends on its labels; others at step 5."""
-    before, home = os.environ.get("TFDS_DATA_DIR"), tmp_path_factory.mktemp("guides")
-    source = data.load("digits", "train", data_dir=home / "tfds")
-    os.environ["TFDS_DATA_DIR"] = str(home / "tfds")
+def folders(digits, tmp_path_factory):
+    """The run folder of a model of random parameters, which depends on its labels; others at step 5."""
+    home, source = tmp_path_factory.mktemp("guides"), data.load("digits", "train")
     write_run(home / "model", _config(), source)
     write_run(home / "classifier", _classifier(), source)
-    yield home
-    os.environ.pop("TFDS_DATA_DIR") if before is None else os.environ.update(TFDS_DATA_DIR=before)
+    return home
 
 
 def write_run(folder, config, source):

@@ -33,13 +33,6 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tfds")
-    data.load("digits", "train", data_dir=folder)
-    return folder
-
-
 def reference_of(module, image_size, channels=3):
     """{reference's path: array} of a network, filled by the rule of the parity files."""
     params = nn_reference.reference_params(module, image_size, channels)
@@ -132,8 +125,7 @@ def small_files(folder, row=ROW):
 
 
 @pytest.mark.slow
-def test_what_was_imported_is_evaluated_sampled_and_exported(tmp_path, data_dir, monkeypatch, capsys):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+def test_what_was_imported_is_evaluated_sampled_and_exported(tmp_path, digits, monkeypatch, capsys):
     c, module, reference, file, other = small_files(tmp_path)
     ours = score_sde.rename(reference, module, image_size=8)
     records = {}
@@ -180,8 +172,7 @@ def test_ncsnv2_is_read_from_flax_alone(tmp_path):
         score_sde_pytorch.to_reference({}, module, image_size=8)
 
 
-def test_what_is_refused(tmp_path, data_dir, monkeypatch, capsys):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+def test_what_is_refused(tmp_path, digits, monkeypatch, capsys):
     c, _, reference, file, port = small_files(tmp_path)
     run = Run(str(tmp_path / "run"))
 

@@ -240,17 +240,9 @@ def _config(**changes):
     return config
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tfds")
-    data.load("digits", "train", data_dir=folder)
-    return folder
-
-
 @pytest.fixture
-def folder(tmp_path, data_dir, monkeypatch):
+def folder(tmp_path, digits):
     """Return make(name, seed): a run folder with a checkpoint of an untrained network."""
-    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
 
     def make(name, seed=0):
         run, config = Run(tmp_path / name), _config()
@@ -516,7 +508,7 @@ def test_a_folder_of_an_earlier_version_is_still_read(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work_and_one_of_them_merges(folder, data_dir):
+def test_two_processes_share_the_work_and_one_of_them_merges(folder):
     run, expected = folder("processes"), folder("one")
     sets = ["likelihood.images=12", "likelihood.rtol=1e-2", "likelihood.tolerance_images=4"]
     command = [sys.executable, "-m", "experiments.likelihood", "--workdir", str(run.path)]
@@ -524,7 +516,7 @@ def test_two_processes_share_the_work_and_one_of_them_merges(folder, data_dir):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    shared = {**os.environ, "XLA_FLAGS": "", "TFDS_DATA_DIR": str(data_dir), "JAX_COORDINATOR_ADDRESS": address}
+    shared = {**os.environ, "XLA_FLAGS": "", "JAX_COORDINATOR_ADDRESS": address}
     processes = [
         subprocess.Popen(
             command,

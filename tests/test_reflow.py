@@ -14,14 +14,7 @@ from experiments import build, checks, cli, drawing, model, objectives, pairs, p
 from experiments.artefacts import Run, read_json
 from jdiff import coupling, data, losses
 
-
-@pytest.fixture(scope="module", autouse=True)
-def prepared(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tfds")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TFDS_DATA_DIR", str(folder))
-        data.load("digits", "train")
-        yield
+pytestmark = pytest.mark.usefixtures("digits")
 
 
 def _config(*texts):
@@ -34,7 +27,7 @@ def _config(*texts):
 
 
 @pytest.fixture(scope="module")
-def flow(tmp_path_factory, prepared):
+def flow(tmp_path_factory, digits):
     """A run folder of a flow that was trained for four steps."""
     run = Run(tmp_path_factory.mktemp("runs") / "flow")
     assert train.train(_config(), run) == 0

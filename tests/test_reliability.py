@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from experiments import lock, pictures, records
 from experiments.artefacts import Metrics, Run, read_json, read_jsonl
 from experiments.processes import together
-from jdiff import checkpoint, data, parallel, training
+from jdiff import checkpoint, parallel, training
 
 ROOT = pathlib.Path(__file__).parents[1]
 SETTINGS = {
@@ -39,11 +39,9 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """Data, and compiled programs that every process of these tests shares."""
-    folder = tmp_path_factory.mktemp("reliability")
-    data.load("digits", "train", data_dir=folder / "tfds")
-    return folder
+def place(digits, tmp_path_factory):
+    """A folder with the compiled programs that every process of these tests shares."""
+    return tmp_path_factory.mktemp("reliability")
 
 
 def start(place, run, *more, devices=1, program=None, **settings):
@@ -51,9 +49,8 @@ def start(place, run, *more, devices=1, program=None, **settings):
     options = [f"--set={name}={json.dumps(value)}" for name, value in (SETTINGS | settings).items()]
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "TFDS_DATA_DIR": str(place / "tfds"),
         "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "PYTHONUNBUFFERED": "1",
     }
     program = program or ["-m", "experiments.train", "--workdir", str(run)]

@@ -16,7 +16,7 @@ import jdiff
 from configs import smoke
 from experiments import build, checks, likelihood, methods, objectives, reproduce, sample, song2021, train
 from experiments.artefacts import Run
-from jdiff import _divergence, data, losses, nn, predictions, training
+from jdiff import _divergence, losses, nn, predictions, training
 from jdiff.importers import score_sde
 from jdiff.transforms import DataTransform
 
@@ -382,20 +382,16 @@ def test_bits_per_dim_of_a_normal_distribution(probe):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(digits, tmp_path_factory):
     """A network of two channels, trained for two steps."""
-    folder = tmp_path_factory.mktemp("song2021")
-    data.load("digits", "train", data_dir=folder / "tfds")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
-        run, c = Run(folder / "run"), smoke.get_config()
-        c.network.options = {"size": "small", "channels": 4, "multipliers": (1,), "blocks": 1, "groups": 2}
-        c.training.steps = c.training.log_every = c.training.validate_every = c.training.checkpoint_every = 2
-        c.likelihood.batch_size = c.likelihood.images = c.sampling.number = c.sampling.batch_size = 8
-        c.likelihood.tolerance_images = 0
-        c.protocol = "song2021"
-        assert train.train(c, run) == 0
-        yield c, run
+    run, c = Run(tmp_path_factory.mktemp("song2021") / "run"), smoke.get_config()
+    c.network.options = {"size": "small", "channels": 4, "multipliers": (1,), "blocks": 1, "groups": 2}
+    c.training.steps = c.training.log_every = c.training.validate_every = c.training.checkpoint_every = 2
+    c.likelihood.batch_size = c.likelihood.images = c.sampling.number = c.sampling.batch_size = 8
+    c.likelihood.tolerance_images = 0
+    c.protocol = "song2021"
+    assert train.train(c, run) == 0
+    return c, run
 
 
 def test_likelihood_script(trained, monkeypatch):
