@@ -372,7 +372,7 @@ def test_the_exact_divergence_has_no_probe_noise_and_a_limit(folder, monkeypatch
     summary = likelihood.likelihood(config, run)
     assert summary["parts"][-1] == {"sources": [errors.PROBES], "error": 0.0} and summary["probe_noise"] == 0
     assert summary["tolerance"] is None and "not estimated" in likelihood.details(summary)
-    monkeypatch.setattr(likelihood, "_EXACT_LIMIT", 63)
+    monkeypatch.setattr(evaluation, "_EXACT_LIMIT", 63)
     with pytest.raises(ValueError, match=r"for D <= 63; images of digits have D = 64: use rademacher"):
         likelihood.likelihood(config, run)
 
