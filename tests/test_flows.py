@@ -42,6 +42,7 @@ def test_a_flow_starts_as_the_gaussian_of_its_data(family):
     everything = np.repeat(source.read(np.arange(len(source)))["image"], 8, axis=0)
     many = np.asarray(described.transform.forward(described.transform.dequantise(jax.random.key(3), everything)))
     error = many.std(axis=0) / math.sqrt(len(many))
+    # Of 64 pixels each at five standard errors: p = 4e-5.
     assert np.all(np.abs(statistics["mean"] - many.mean(axis=0)) < 5 * error)
     np.testing.assert_allclose(statistics["std"], many.std(axis=0), rtol=0.05)
 

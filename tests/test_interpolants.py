@@ -116,6 +116,7 @@ def test_moments_on_the_way(x64):
             noise = np.kron([[gamma], [dgamma]], np.eye(2))
             want = ends @ cov @ ends.T + noise @ noise.T
             error = np.sqrt(np.diag(want) / n)
+            # 4.5 standard errors: p = 7e-6 an entry.
             np.testing.assert_array_less(np.abs(both.mean(0) - ends @ mean), 4.5 * error + 1e-9)
             error = np.sqrt((np.outer(np.diag(want), np.diag(want)) + want**2) / n)
             np.testing.assert_array_less(np.abs(np.cov(both.T) - want), 4.5 * error + 1e-9)

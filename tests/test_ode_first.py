@@ -128,7 +128,8 @@ def test_particles_follow_the_chosen_paths(x64):
     assert numbers["1-D: KS p-value at t = 0"] > 0.01
     assert [at["t"] for at in found["shown"]][::2] == [1, 0]
     for at in found["shown"]:
-        # chi2 has the mean `cells` and the variance 2 cells; particles that stay where they are have 100 times as much.
+        # chi2 has the mean `cells` and the variance 2 cells (p = 1e-3 at most); particles that stay where they are have
+        # 100 times as much.
         assert abs(at["chi2"] - at["cells"]) < 4 * np.sqrt(2 * at["cells"])
     stay = path._chi2(found["shown"][0]["x"], found["shown"][-1]["p"], 2 * path.HALF / 48)
     assert stay[0] > 50 * stay[1]

@@ -124,6 +124,7 @@ def test_straightness_of_known_flows(flow, monkeypatch):
     m = 1 - math.exp(-1)
     share = ((1 - math.exp(-2)) / 2 - m**2) / m**2
     np.testing.assert_allclose(found["straightness_share"], share, rtol=2e-3)
+    # Five standard errors from 40 samples: p = 1e-5 by Student's distribution.
     assert abs(found["straightness"] - 64 * share * m**2) < 5 * found["straightness_error"]
     one, images, _ = solve("euler", 1)
     np.testing.assert_allclose(one, 1e-5 * np.e * x, atol=1e-6)

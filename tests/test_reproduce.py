@@ -68,6 +68,7 @@ def test_the_error_is_that_of_both_protocols():
         )
         c = reproduce.compare(theirs, summary)
         z.append(c.difference / c.error)
+    # Of 200 unit normals: p = 4e-4 and 3e-3.
     assert abs(np.mean(z)) < 0.25 and 0.85 < np.std(z) < 1.15
 
 
