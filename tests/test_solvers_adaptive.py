@@ -195,6 +195,34 @@ def test_the_first_step_is_that_of_hairer(x64):
     close(asked[2], np.sign(end) * first * tableau.c[1])
 
 
+def test_steps_follow_their_errors(x64):
+    """Gustafsson 1991's control, literally: shrinks after refusals, and looks one error back after acceptance.
+
+    The drift is a function of time alone, so that the error of a step is a sum over the times that were asked for.
+    """
+    tableau, size, asked = solvers.DORMAND_PRINCE, np.geomspace(1e-3, 1e4, 8), []
+    slope = lambda t: 1 + t + size * (t > 0.05).astype(float)  # a jump within the first step
+
+    def drift(x, t):
+        jax.debug.callback(lambda t: asked.append(np.asarray(t)), t, ordered=True)
+        return slope(t)[:, None]
+
+    ode = sde.SDE(drift)
+    solvers.integrate_adaptive(ode, jnp.ones((8, 1)), 0.0, 100.0, rtol=1e-30, atol=0.01, max_steps=4)
+    jax.effects_barrier()
+    c, t, before, refused = np.array(tableau.c), np.zeros(8), np.ones(8), 0
+    h = asked[2] / c[1]
+    for n in range(4):
+        np.testing.assert_allclose(asked[2 + 6 * n], t + c[1] * h, rtol=1e-6)
+        error = np.maximum(np.abs(h * sum(e * slope(t + ci * h) for e, ci in zip(tableau.error, c))) / 0.01, 1e-8)
+        kept = error <= 1
+        grown = np.clip(0.9 * error**-0.14 * before**0.08, 0.2, 10)
+        shrunk = np.clip(0.9 * error**-0.2, 0.2, 0.9)
+        t, h = np.where(kept, t + h, t), h * np.where(kept, grown, shrunk)
+        before, refused = np.where(kept, np.maximum(error, 1e-4), before), refused + ~kept
+    assert refused.min() == 0 and refused.max() >= 2
+
+
 def test_times_per_example(x64):
     """Each example runs from its own t0 to its own t1, some backwards."""
     x, t0, t1 = starts(4), jnp.array([0.0, 2.0, 1.0, 0.5]), jnp.array([1.0, 0.5, 1.1, 3.0])
