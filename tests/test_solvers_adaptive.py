@@ -451,6 +451,7 @@ def test_one_trace_for_new_numbers():
         (dict(t1=jnp.array([1.0, 0.0, 1.0])), ValueError, "must differ"),
         (dict(t1=jnp.ones(2)), ValueError, r"scalar or have shape \(3,\)"),
         (dict(tableau=solvers.tableaus.RK4), ValueError, "error estimate"),
+        (dict(tableau=solvers.DORMAND_PRINCE._replace(fsal=False)), ValueError, "fsal"),
         (dict(x=jnp.ones((3, 3), int)), TypeError, "floating point"),
         (dict(x=jnp.ones(())), ValueError, "batch axis"),
         (dict(ode=sde.SDE(pendulum, pendulum)), ValueError, "diffusion"),
