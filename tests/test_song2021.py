@@ -60,8 +60,8 @@ def score(name, scales=None):
 @functools.cache
 def compiled(name, scales=None):
     """(x, t) -> score of the undamped weights, compiled."""
-    fast = jax.jit(score(name, scales))
-    return lambda x, t: fast(x, t, params(name))
+    fast, weights = jax.jit(score(name, scales)), params(name)  # here: made while a test traces, they would leak
+    return lambda x, t: fast(x, t, weights)
 
 
 def close(ours, theirs, tolerance):
@@ -196,8 +196,10 @@ def test_step_of_the_optimiser(name):
     assert (config.loss.reduce_mean, config.training.ema_decay) == (bool(g["reduce_mean_used"]), float(g["ema_rate"]))
     x, t, z = (jnp.asarray(g[k]) for k in ("x", "t", "z"))
 
+    field = score(name)
+
     def loss_fn(params, keys, batch):
-        of = lambda x, t: score(name)(x, t, params)
+        of = lambda x, t: field(x, t, params)
         return song2021.denoising_loss(PROCESSES[name], of, x, t, z, reduce_mean=config.loss.reduce_mean), {}
 
     tx = build.optimiser(config)
