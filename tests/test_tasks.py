@@ -172,7 +172,7 @@ def test_edits(runs, files):
         ("grey", "inpaint", "grey rgba", "grey mask", {}, "grey_rgba.png has mode RGBA; allowed here: L, 1"),
         ("grey", "inpaint", "grey", "colour mask", {}, "--mask .*colour_mask.png is 4x4"),
         ("grey", "inpaint", "grey", "grey black", {}, "--mask .*grey_black.png is all black"),
-        ("grey", "superres", "grey", None, {"factor": 3}, "blocks of 3x3 do not tile images of 8x8"),
+        ("grey", "superres", "grey", None, {"factor": 3}, r"blocks of 3x3 do not tile images of shape \(8, 8, 1\)"),
         ("grey", "colorize", "grey", None, {}, r"colorize does not go with a model of images of 1 channel"),
         ("colour", "inpaint", "colour grey", "colour mask", {}, "colour_grey.png has mode L; allowed here: RGB"),
         ("colour", "superres", "colour palette", None, {}, "has mode P; allowed here: RGB"),
