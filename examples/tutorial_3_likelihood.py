@@ -207,7 +207,7 @@ axes[2].set(xscale="log", xlabel="draws inside the logarithm", title="bits/dim a
 axes[2].set_xticks(list(bound), [str(k) for k in bound], minor=False)
 axes[2].minorticks_off()
 axes[3].loglog([e for _, e in rows], [np.abs(values - reference).mean() for values, _ in rows], "o-")
-axes[3].set(xlabel="evaluations", title="solver's error, bits/dim a point")
+axes[3].set(xlabel="evaluations", title="error of the solver")
 axes[3].set_xticks([e for _, e in rows], [f"{e:.0f}" for _, e in rows])
 axes[3].minorticks_off()
 figure.savefig(PICTURES / "likelihood_known.png", dpi=80)
