@@ -82,6 +82,13 @@ def check_count(value: int, name: str, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_integers(value: Array, name: str) -> None:
+    """Raise TypeError unless value is an array of integers."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"{name} must be an array of integers, got {dtype or type(value).__name__}")
+
+
 def check_positive(value: Array | float, name: str) -> None:
     """Raise ValueError unless a number, where its value is known, is positive and finite."""
     if is_concrete(value) and not 0 < float(value) < math.inf:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jdiff._array import check_array, check_count, check_like, coefficient_dtype
+from jdiff._array import check_array, check_count, check_integers, check_like, coefficient_dtype
 from jdiff._typing import Array
 
 __all__ = ["optimal_transport"]
@@ -42,9 +42,7 @@ def optimal_transport(x0: Array, x1: Array, *, labels: Array | None = None, grou
     batch = check_array(x0, "x0")
     check_like(x1, x0, "x1", "x0")
     if labels is not None:
-        dtype = getattr(labels, "dtype", None)
-        if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
-            raise TypeError(f"labels must be an array of integers, got {dtype or type(labels).__name__}")
+        check_integers(labels, "labels")
         if labels.shape != (batch,):
             raise ValueError(f"labels must have shape ({batch},), got {labels.shape}")
     group = batch if group is None else group

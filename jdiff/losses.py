@@ -20,6 +20,7 @@ from jdiff._array import (
     batch_time,
     call,
     check_array,
+    check_integers,
     check_like,
     check_positive,
     example_keys,
@@ -219,8 +220,7 @@ def label_log_prob(logits: Array, label: Array) -> Array:
 
 
 def _check_label(label, batch):
-    if not hasattr(label, "dtype") or not jnp.issubdtype(label.dtype, jnp.integer):
-        raise TypeError(f"label must be an array of integers, got {getattr(label, 'dtype', type(label).__name__)}")
+    check_integers(label, "label")
     if label.shape != (batch,):
         raise ValueError(f"label must have shape ({batch},), one per example, got {label.shape}")
 

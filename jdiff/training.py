@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jdiff._array import check_count, check_positive
+from jdiff._array import check_count, check_integers, check_positive
 from jdiff._typing import PyTree
 
 __all__ = [
@@ -79,9 +79,7 @@ def example_keys(key: jax.Array, step: jax.Array | int, index: jax.Array) -> jax
         raise TypeError(f"key must be a threefry2x32 key, got {jax.random.key_impl(key)}")
     if key.shape:
         raise TypeError(f"key must be one key, got shape {key.shape}")
-    dtype = getattr(index, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
-        raise TypeError(f"index must be an array of integers, got {dtype or type(index).__name__}")
+    check_integers(index, "index")
     if index.ndim != 1:
         raise ValueError(f"index must have shape (batch,), got {index.shape}")
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), index)

@@ -27,7 +27,8 @@ ROOMS = {
     **dict.fromkeys(["control", "editing"], BELOW | {"processes", "solvers", "operators"}),
     "levels": BELOW | {"processes", "predictions"},
     "saturation": BELOW | {"processes", "predictions", "guidance"},
-    "bounds": BELOW | {"processes", "predictions", "sde", "losses", "transforms"},
+    "_decoders": BELOW | {"transforms"},
+    "bounds": BELOW | {"_decoders", "processes", "predictions", "sde", "losses", "transforms"},
     "dequantisation": BELOW | {"processes", "transforms"},
     # Beside the staircase: they stand on the processes, and nothing of the library stands on them.
     **dict.fromkeys(["analytic", "times", "transforms"], BELOW | {"processes"}),

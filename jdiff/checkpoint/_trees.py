@@ -68,6 +68,7 @@ def fields(prefix, value):
 
 
 def part(sharding, item):
+    """What is said of one item: its entry of a mapping, or what holds for all."""
     return sharding.get(item) if isinstance(sharding, Mapping) else sharding
 
 
@@ -86,6 +87,7 @@ def placements(tree, leaves, sharding):
 
 
 def own_place(leaf):
+    """Where a leaf is meant to be, or None for an array that is not committed anywhere."""
     committed = not isinstance(leaf, jax.Array) or leaf.committed
     return getattr(leaf, "sharding", None) if committed else None
 
@@ -110,10 +112,12 @@ def to_json(name, value):
 
 
 def from_json(packed):
+    """The value of which `to_json` made this."""
     if packed is None:
         return None
     return base64.b64decode(packed["base64"]) if "base64" in packed else packed["json"]
 
 
 def sha256(value):
+    """The digest of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.scipy.special import ndtri
 from jax.scipy.stats import norm
 
-from jdiff._array import check_count, check_key, check_positive, is_concrete
+from jdiff._array import check_count, check_integers, check_key, check_positive, is_concrete
 from jdiff._typing import Array, Key, Process
 from jdiff.processes import log_snr, rates, time_at
 from jdiff.times.grids import ends, log_snr_ends
@@ -266,8 +266,7 @@ def _check_finite(value, name):
 def _check(key, index, total):
     if check_key(key).shape != ():
         raise ValueError(f"key must be one key for the whole batch, got shape {key.shape}")
-    if not hasattr(index, "dtype") or not jnp.issubdtype(index.dtype, jnp.integer):
-        raise TypeError(f"index must be an array of integers, got {getattr(index, 'dtype', type(index).__name__)}")
+    check_integers(index, "index")
     if index.ndim != 1:
         raise ValueError(f"index must have shape (batch,), got {index.shape}")
     if is_concrete(total):
