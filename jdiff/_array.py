@@ -76,7 +76,11 @@ def check_per_example(value: Array, batch: int, name: str) -> Array:
 
 def check_count(value: int, name: str, least: int = 1) -> None:
     """Raise TypeError unless value is an integer, ValueError where it is below the least."""
-    if not isinstance(value, int | np.integer):
+    try:
+        integer = not isinstance(value, bool) and operator.index(value) is not None
+    except TypeError:
+        integer = False
+    if not integer:
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -90,7 +94,10 @@ def check_integers(value: Array, name: str) -> None:
 
 
 def check_positive(value: Array | float, name: str) -> None:
-    """Raise ValueError unless a number, where its value is known, is positive and finite."""
+    """Raise unless value is one real number (TypeError, ValueError) and, where it is known, positive and finite."""
+    check_real(value, name)
+    if jnp.shape(value) != ():
+        raise ValueError(f"{name} must be one number, got shape {jnp.shape(value)}")
     if is_concrete(value) and not 0 < float(value) < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
@@ -145,10 +152,10 @@ def batch_time(t: Array | float, x: PyTree, name: str = "t") -> Array:
       TypeError: t is not real, or x not floating point.
     """
     check_state(x)
-    check_real(t, name)
+    value = scalars(t, x, name)
     if not (isinstance(t, int) or jnp.issubdtype(getattr(t, "dtype", type(t)), jnp.floating)):
         raise TypeError(f"{name} must be floating point, got dtype {jnp.result_type(t)}")
-    return jnp.broadcast_to(jnp.asarray(scalars(t, x, name), coefficient_dtype(x)), first_leaf(x).shape[:1])
+    return jnp.broadcast_to(jnp.asarray(value, coefficient_dtype(x)), first_leaf(x).shape[:1])
 
 
 def coefficient_dtype(x: PyTree) -> jnp.dtype:

@@ -44,6 +44,7 @@ def decode_cells(mean: Array, std: Array, levels: Array, transform: DataTransfor
     """
     check_array(mean, "mean")
     _check_levels(levels, mean, "mean")
+    mean = mean.astype(coefficient_dtype(mean))  # the normal distribution has no half precision
     center, std = transform.center(levels, dtype=mean.dtype), expand(scalars(std, mean, "std"), mean)
     a, b = ((center + side * transform.width - mean) / std for side in (-0.5, 0.5))
     a = jnp.where(levels == 0, -jnp.inf, a)
@@ -51,7 +52,7 @@ def decode_cells(mean: Array, std: Array, levels: Array, transform: DataTransfor
     # In the lower tail, by symmetry, where differences of the cdf keep their digits.
     flip = a + b > 0
     log_low, log_high = log_ndtr(jnp.where(flip, -b, a)), log_ndtr(jnp.where(flip, -a, b))
-    return sum_event(log_high + jnp.log(-jnp.expm1(log_low - log_high))).astype(coefficient_dtype(mean))
+    return sum_event(log_high + jnp.log(-jnp.expm1(log_low - log_high)))
 
 
 def _check_levels(levels, x, name):

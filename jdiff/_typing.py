@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 import jax
 
@@ -24,15 +24,22 @@ class Process(Protocol):
     and a method `time_at(log_snr)`, the inverse of log alpha^2/sigma^2 (default: bisection).
     """
 
-    @property
-    def t_min(self) -> float:
-        """Where sampling ends."""
-        ...
+    # Read only for a type checker, as fields of frozen dataclasses are; a class that inherits may set them.
+    if TYPE_CHECKING:
 
-    @property
-    def t_max(self) -> float:
-        """The end of time, pure noise."""
-        ...
+        @property
+        def t_min(self) -> float:
+            """Where sampling ends."""
+            ...
+
+        @property
+        def t_max(self) -> float:
+            """The end of time, pure noise."""
+            ...
+
+    else:
+        t_min: float
+        t_max: float
 
     def marginal(self, t: Array) -> tuple[Array, Array]:
         """Return alpha(t), sigma(t)."""

@@ -49,8 +49,9 @@ def gaussian(process: Process, mean: Array, std: Array | float) -> Analytic:
     std = jnp.broadcast_to(jnp.asarray(std, mean.dtype), mean.shape)
 
     def moments(x, t):
-        if jnp.shape(x)[1:] != mean.shape:
-            raise ValueError(f"x must have shape (batch, *event) with event {mean.shape}, got {jnp.shape(x)}")
+        check_array(x)
+        if x.shape[1:] != mean.shape:
+            raise ValueError(f"x must have shape (batch, *event) with event {mean.shape}, got {x.shape}")
         alpha, sigma = (expand(c, x) for c in process.marginal(batch_time(t, x)))
         m, d = mean[None].astype(x.dtype), std[None].astype(x.dtype)
         return alpha, alpha * m, jnp.sqrt((alpha * d) ** 2 + sigma**2)
@@ -129,8 +130,9 @@ def gaussian_mixture(process: Process, weights: Array, means: Array, stds: Array
 
     def moments(x, t):
         """Return alpha (batch, 1), centers (batch, K, *event), spreads (batch, K)."""
-        if jnp.shape(x)[1:] != event:
-            raise ValueError(f"x must have shape (batch, *event) with event {event}, got {jnp.shape(x)}")
+        check_array(x)
+        if x.shape[1:] != event:
+            raise ValueError(f"x must have shape (batch, *event) with event {event}, got {x.shape}")
         alpha, sigma = (c[:, None].astype(x.dtype) for c in process.marginal(batch_time(t, x)))
         centers = alpha.reshape(-1, 1, *(1,) * len(event)) * means[None].astype(x.dtype)
         return alpha, centers, jnp.sqrt((alpha * stds[None].astype(x.dtype)) ** 2 + sigma**2)

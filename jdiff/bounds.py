@@ -9,6 +9,7 @@ log-probability of integer levels, whose images enter the diffusion without dequ
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -115,7 +116,8 @@ def density_bound(
     keys = example_keys(key, check_array(x))
     _check_draws(draws)
     start = _start(process, t_min)
-    eps_field = reparameterise(process, field, predict, "eps")
+    # t stays in float32 where x is not, for what is made of it here.
+    eps_field = reparameterise(process, functools.partial(call, field), predict, "eps")
     size, dtype = event_size(x), coefficient_dtype(x)
     alpha_s, _ = process.marginal(jnp.asarray(start, dtype))
     most, least = (log_snr(process, jnp.asarray(t, dtype)) for t in (start, end_time(process)))
@@ -130,14 +132,14 @@ def density_bound(
     def far(keys, t):
         a, sigma, v = kernel(t)
         e = normal_like(keys, x)
-        residual = call(eps_field, expand(a, x) * x + expand(v, x) * e, t) - expand(sigma / v, x) * e
+        residual = eps_field(expand(a, x) * x + expand(v, x) * e, t) - expand(sigma / v, x) * e
         return 0.5 * _square(residual, dtype) - 0.5 * size * (sigma / v) ** 2
 
     def near(keys, t):
         a, sigma, v = kernel(t)
         state = expand(a, x) * x + expand(v, x) * normal_like(fold_in(keys, 0), x)
         probe = rademacher_like(fold_in(keys, 1), x)
-        eps, derivative = jax.jvp(lambda x: call(eps_field, x, t), (state,), (probe,))
+        eps, derivative = jax.jvp(lambda x: eps_field(x, t), (state,), (probe,))
         return 0.5 * _square(eps, dtype) - sigma * sum_event(probe * derivative).astype(dtype)
 
     pieces = [

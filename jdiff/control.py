@@ -27,7 +27,6 @@ from jdiff._array import (
     call,
     check_array,
     check_count,
-    check_like,
     check_positive,
     check_real,
     expand,
@@ -236,5 +235,7 @@ def _residual(measure, y, x0):
     """y - A(x_0) and the adjoint of A's derivative there."""
     measured, back = jax.vjp(measure, x0)
     check_array(measured, "what measure returns")
-    check_like(y, measured, "y", "a measured batch")
+    check_real(y, "y")
+    if y.shape != measured.shape:
+        raise ValueError(f"y must have the shape of a measured batch, {measured.shape}; got {y.shape}")
     return y.astype(measured.dtype) - measured, lambda u: back(u)[0]

@@ -176,7 +176,9 @@ def _per_example(log_prob, t):
 
 
 def _at(scale, t):
-    return scale(t) if callable(scale) else scale
+    value = scale(t) if callable(scale) else scale
+    switch = hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.bool_)
+    return value.astype(t.dtype) if switch else value  # on or off
 
 
 def _extrapolate(scale, strong, weak, adjust, x, t):

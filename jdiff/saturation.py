@@ -13,7 +13,7 @@ import math
 
 import jax.numpy as jnp
 
-from jdiff._array import batch_time, call, check_array, expand, flat, lincomb, scalars
+from jdiff._array import batch_time, call, check_array, coefficient_dtype, expand, flat, lincomb, scalars
 from jdiff._typing import Array, Field, Kind, Process
 from jdiff.guidance import Adjust
 from jdiff.predictions import check_kind, conversion
@@ -79,7 +79,8 @@ def threshold(
 
     def change(x0):
         y = (x0 - middle) / half
-        largest = expand(jnp.maximum(1, jnp.quantile(flat(jnp.abs(y)), jnp.asarray(quantile, y.dtype), axis=1)), y)
+        sizes = flat(jnp.abs(y)).astype(coefficient_dtype(y))  # in half precision 0.999 would be 1
+        largest = expand(jnp.maximum(1, jnp.quantile(sizes, jnp.asarray(quantile, sizes.dtype), axis=1)), y)
         return half * (jnp.clip(y, -largest, largest) / largest - y)
 
     def thresholded(x, t):

@@ -349,7 +349,8 @@ def _share(batch, shape, axis_name):
         return None
     for name, value in given.items():
         if not hasattr(value, "dtype") or jnp.issubdtype(value.dtype, jnp.complexfloating):
-            raise TypeError(f"batch[{name!r}] must be an array of real numbers, got {value!r}")
+            got = getattr(value, "dtype", type(value).__name__)
+            raise TypeError(f"batch[{name!r}] must be an array of real numbers, got {got}")
         if value.shape != shape:
             raise ValueError(f"batch[{name!r}] must have shape {shape}, one number per example, got {value.shape}")
     if "mask" in given and given["mask"].dtype != bool:

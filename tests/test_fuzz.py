@@ -1,33 +1,41 @@
-"""Every public entry point with arguments that do not fit: an error that names the argument, or what is documented.
+"""Fields, solvers, likelihoods, losses and times with arguments that do not fit: an error that names the argument.
 
-`tests/fuzzing.py` is the machinery. What it found stands below as tests of its own.
+`tests/fuzzing.py` is the machinery; what it found is in tests/test_fuzz_found.py.
 """
 
 import math
 
-import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from fuzzing import (
     BATCH,
-    FAST,
+    LEVELS,
+    T8,
+    TS,
+    VP,
     Entry,
     Role,
+    X,
     batch_of,
     count,
+    each,
+    either,
     elementwise,
     event_shapes,
+    fast_and_slow,
     fields,
-    fuzz,
     grids,
     integers,
     is_array,
     keys,
     kind,
     number,
+    of_x,
     per_example,
+    positive,
+    shrink,
+    state,
     states,
     times,
     word,
@@ -41,35 +49,20 @@ from jdiff import (
     guidance,
     levels,
     losses,
-    operators,
     predictions,
     processes,
     saturation,
     score_matching,
     sde,
     solvers,
-    transforms,
 )
 
-VP = jdiff.VP()
 KINDS = ("x0", "eps", "v", "score", "velocity")
 grids_of = jdiff.times
-X = jnp.linspace(-1.0, 1.0, 2 * BATCH).reshape(BATCH, 2)
-IMAGE = jnp.linspace(-1.0, 1.0, 16 * BATCH).reshape(BATCH, 4, 4, 1)
-LEVELS = jnp.arange(2 * BATCH).reshape(BATCH, 2)
-TS = jnp.asarray([1.0, 0.5, 0.1])
-T8 = transforms.DataTransform(8)
-MASK = operators.mask(jnp.asarray([[1.0, 0.0]]), (2,))
 
-shrink = fields(lambda x, t: -x)
-of_x = lambda name: lambda a: np.shape(a[name])
-each = lambda name: lambda a: batch_of(a[name])
-positive = lambda value: 0 < value < math.inf
 not_negative = lambda value: 0 <= value < math.inf
 probability = lambda value: 0 <= value <= 1
 any_real = math.isfinite
-steps_of = lambda a: len(a["ts"])
-state = states(X)
 
 
 def summed(x):
@@ -82,8 +75,6 @@ def batch_asked(a):
 
 event = states(X, rank=2)
 down = grids(TS, lambda ts: ts[0] > ts[-1] >= 0 and ts[0] <= 1)
-downwards = grids(TS, lambda ts: ts[0] > ts[-1])
-either = grids(TS, lambda ts: True)
 
 
 def field_of(make, **fixed):
@@ -100,16 +91,20 @@ def stepped(make, **fixed):
     return call
 
 
+def parted(given):
+    """Arguments that stay as they are, and those with a role."""
+    fixed = {name: value for name, value in given.items() if not isinstance(value, Role)}
+    return fixed, {name: given[name] for name in given.keys() - fixed.keys()}
+
+
 def at(function, make=None, **roles):
     """A field of fields: its call at (x, t) with roles for the other arguments."""
-    fixed = {name: role for name, role in roles.items() if not hasattr(role, "fits")}
-    roles = {name: role for name, role in roles.items() if hasattr(role, "fits")}
+    fixed, roles = parted(roles)
     return Entry(function, {"x": state, "t": times("x")} | roles, of_x("x"), field_of(make or function, **fixed))
 
 
 def run(make, **roles):
-    fixed = {name: role for name, role in roles.items() if not hasattr(role, "fits")}
-    roles = {name: role for name, role in roles.items() if hasattr(role, "fits")}
+    fixed, roles = parted(roles)
     return Entry(make, {"x": state, "ts": either, **roles}, of_x("x"), stepped(make, **fixed))
 
 
@@ -150,20 +145,21 @@ def grid(function, **roles):
 def draw(function, **roles):
     """A draw of training times."""
     ends = {"t_min": number(1e-3, lambda t: 0 <= t < 1), "t_max": number(1.0, lambda t: 1e-3 < t <= 1)}
-    index = integers(jnp.arange(BATCH))
-    index = type(index)(lambda value, a: index_fits(value), index.values, index.usual)
+    fits = lambda value, a: is_array(value, jnp.integer) and value.ndim == 1
+    index = Role(fits, integers(jnp.arange(BATCH)).values, jnp.arange(BATCH))
     one = keys(batch=lambda a: ())
     roles = {"key": one, "index": index, "total": count(BATCH), **ends, **roles}
     return Entry(function, roles, lambda a: [np.shape(a["index"])] * 2, with_process(function))
 
 
-def index_fits(value):
-    return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.integer) and value.ndim == 1
-
-
-def kernel_fits(value, _):
-    return hasattr(value, "dtype") and value.ndim == 2
-
+ADAPTIVE = {
+    "x": state,
+    "t0": times("x"),
+    "t1": times("x"),
+    "rtol": number(1e-3, positive),
+    "atol": number(1e-3, positive),
+    "max_steps": count(9),
+}
 
 ENTRIES = [
     *(
@@ -282,7 +278,7 @@ ENTRIES = [
         run(f, sde=sde.probability_flow(VP, lambda x, t: -x))
         for f in (solvers.euler, solvers.midpoint, solvers.heun, solvers.rk4)
     ),
-    *(run(f, process=VP, denoise=shrink) for f in (solvers.dpmpp_2s,)),
+    run(solvers.dpmpp_2s, process=VP, denoise=shrink),
     *(
         run(f, process=VP, denoise=shrink, order=count(2, least, most))
         for f, least, most in [(solvers.dpm_solver, 1, 3), (solvers.deis, 1, 4), (solvers.unipc, 2, 3)]
@@ -296,19 +292,15 @@ ENTRIES = [
         eta=per_example("x", also=lambda v: not isinstance(v, int | float) or 0 <= v <= 1),
         key=keys("x"),
     ),
-    run(
-        solvers.dpmpp_2m,
-        process=VP,
-        denoise=shrink,
-        eta=per_example("x", also=lambda v: not isinstance(v, int | float) or 0 <= v < math.inf),
-        key=keys("x"),
-    ),
-    run(
-        solvers.dpmpp_3m,
-        process=VP,
-        denoise=shrink,
-        eta=per_example("x", also=lambda v: not isinstance(v, int | float) or 0 <= v < math.inf),
-        key=keys("x"),
+    *(
+        run(
+            f,
+            process=VP,
+            denoise=shrink,
+            eta=per_example("x", also=lambda v: not isinstance(v, int | float) or 0 <= v < math.inf),
+            key=keys("x"),
+        )
+        for f in (solvers.dpmpp_2m, solvers.dpmpp_3m)
     ),
     run(solvers.euler_maruyama, sde=sde.forward(VP), key=keys("x")),
     run(solvers.stochastic_heun, sde=sde.forward(VP), key=keys("x")),
@@ -337,30 +329,13 @@ ENTRIES = [
     ),
     Entry(
         solvers.integrate_adaptive,
-        {
-            "x": state,
-            "t0": times("x"),
-            "t1": times("x"),
-            "rtol": number(1e-3, positive),
-            "atol": number(1e-3, positive),
-            "max_steps": count(9),
-            "norm": word("joint", "largest", "joint"),
-        },
+        ADAPTIVE | {"norm": word("joint", "largest", "joint")},
         lambda a: [np.shape(a["x"]), *[batch_of(a["x"])] * 3],
         lambda **a: solvers.integrate_adaptive(sde.probability_flow(VP, lambda x, t: -x), **a),
     ),
     Entry(
         solvers.integrate_adaptive_sde,
-        {
-            "key": keys("x"),
-            "x": state,
-            "t0": times("x"),
-            "t1": times("x"),
-            "rtol": number(1e-3, positive),
-            "atol": number(1e-3, positive),
-            "first_step": number(0.1, positive),
-            "max_steps": count(9),
-        },
+        ADAPTIVE | {"key": keys("x"), "first_step": number(0.1, positive)},
         lambda a: [np.shape(a["x"]), *[batch_of(a["x"])] * 3],
         lambda **a: solvers.integrate_adaptive_sde(sde=sde.forward(VP), **a),
     ),
@@ -538,16 +513,4 @@ ENTRIES = [
 ]
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-@hypothesis.given(data=st.data())
-@hypothesis.settings(FAST, max_examples=8)
-def test_arguments_that_do_not_fit_are_named(entry, data):
-    fuzz(entry, data)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-@hypothesis.given(data=st.data())
-@hypothesis.settings(FAST, max_examples=300)
-def test_many_arguments_that_do_not_fit_are_named(entry, data):
-    fuzz(entry, data)
+test_arguments_that_do_not_fit_are_named, test_many_arguments_that_do_not_fit_are_named = fast_and_slow(ENTRIES)

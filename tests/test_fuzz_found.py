@@ -1,5 +1,6 @@
 """What the fuzz of tests/test_fuzz.py found, one case each; and values: NaN, huge ones, no examples, broken files."""
 
+import dataclasses
 import importlib
 import inspect
 
@@ -23,6 +24,7 @@ from jdiff import (
     coupling,
     editing,
     grid_search,
+    guidance,
     levels,
     losses,
     operators,
@@ -192,3 +194,75 @@ def test_bytes_that_are_no_checkpoint_are_refused(tmp_path_factory, data):
     path.write_bytes(data)
     with pytest.raises(ValueError, match="is not a whole flax checkpoint"):
         flax_msgpack.read(path)
+
+
+# What the checks refused, or changed, at first.
+
+
+def test_a_class_that_inherits_from_process_sets_its_times():
+    """Times that are fields without a default, and attributes that are set."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Fields(jdiff.Process):
+        t_min: float
+        t_max: float
+
+        def marginal(self, t):
+            return 1 - t, t
+
+    class Attributes(jdiff.Process):
+        def __init__(self):
+            self.t_min, self.t_max = 1e-3, 1.0
+
+        def marginal(self, t):
+            return 1 - t, t
+
+    for process in (Fields(1e-3, 1.0), Attributes()):
+        assert isinstance(process, jdiff.Process)
+        np.testing.assert_array_equal(times.linear(process, 4), times.linear(jdiff.Rectified(), 4, t_min=1e-3))
+
+
+def test_a_quantile_is_not_rounded_to_half_precision():
+    """0.999 is 1 in bfloat16: the largest entry would be the threshold. bfloat16 of x0 itself costs less than 1e-2."""
+    x = jax.random.normal(KEY, (2, 32, 32, 3))
+    bounded = lambda x: saturation.threshold(VP, lambda x, t: 3 * x, predict="x0", quantile=0.999)(x, 0.5)
+    expected, ours = (np.abs(np.asarray(bounded(x), np.float32)).mean() for x in (x, x.astype(jnp.bfloat16)))
+    assert abs(ours / expected - 1) < 1e-2
+    largest = saturation.threshold(VP, lambda x, t: 3 * x, predict="x0", quantile=1.0)(x, 0.5)
+    assert np.abs(np.asarray(largest)).mean() < 0.97 * expected
+
+
+def test_a_bound_in_half_precision_keeps_its_times():
+    """Times just below 1, rounded to bfloat16, are 1, where a score says nothing of x0."""
+    process, x = jdiff.Cosine(), 0.5 * jax.random.normal(KEY, (3, 4))
+    exact = jdiff.analytic.gaussian(process, jnp.zeros(4), 0.5)
+    field = lambda x, t: exact.score(x.astype(jnp.float32), t.astype(jnp.float32)).astype(x.dtype)
+    bound = lambda x: bounds.density_bound(KEY, process, field, x, predict="score", draws=64)
+    half = bound(x.astype(jnp.bfloat16)).value
+    assert np.isfinite(np.asarray(half)).all()
+
+
+def test_cells_are_decoded_in_half_precision_too():
+    mean, std = 0.3 * X, jnp.full(3, 0.1)
+    whole, half = (bounds.decode_cells(m, std, jnp.full((3, 2), 4), T8) for m in (mean, mean.astype(jnp.bfloat16)))
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, whole, rtol=0.05)
+
+
+def test_numbers_of_jax_are_numbers():
+    """Ends of a Brownian path that are traced, counts that are integers of JAX; True is no count."""
+    noise = lambda t_min: solvers.brownian(KEY, VP, t_min=t_min)(None, X, 0.7, 0.3)
+    np.testing.assert_allclose(jax.jit(noise)(0.1), noise(0.1), rtol=1e-5)
+    t, _ = times.uniform(KEY, VP, jnp.arange(3), jnp.int32(3))
+    np.testing.assert_array_equal(t, times.uniform(KEY, VP, jnp.arange(3), 3)[0])
+    with pytest.raises(TypeError, match="n must be an integer, got True"):
+        times.linear(VP, True)
+    with pytest.raises(ValueError, match=r"rho must be one number, got shape \(3,\)"):
+        times.karras(VP, 4, rho=jnp.ones(3))
+
+
+def test_a_measurement_may_be_of_integers_and_a_scale_on_or_off():
+    guided = lambda y: control.pseudoinverse(VP, shrink, mask, y, 0.1)(X, T)
+    np.testing.assert_array_equal(guided(jnp.ones((3, 2), jnp.int32)), guided(jnp.ones((3, 2))))
+    on = guidance.autoguidance(shrink, lambda x, t: x, lambda t: t < 0.6)(X, T)
+    np.testing.assert_array_equal(on, -X)

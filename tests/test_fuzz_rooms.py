@@ -2,36 +2,43 @@
 
 import math
 
-import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from fuzzing import (
     BATCH,
-    FAST,
+    LEVELS,
+    T8,
+    TS,
+    VP,
     Entry,
     Role,
+    X,
     arrays,
     batch_of,
     count,
+    each,
+    either,
     elementwise,
+    fast_and_slow,
     fields,
-    fuzz,
     grids,
     integers,
     is_array,
     keys,
     number,
+    of_x,
     per_example,
+    positive,
+    shrink,
+    state,
     states,
     times,
     word,
 )
 from hypothesis import strategies as st
 
-import jdiff
 import jdiff.levels as levels_of
 from jdiff import (
     analytic,
@@ -52,28 +59,13 @@ from jdiff import (
     transforms,
 )
 
-VP = jdiff.VP()
-X = jnp.linspace(-1.0, 1.0, 2 * BATCH).reshape(BATCH, 2)
 IMAGE = jnp.linspace(-1.0, 1.0, 16 * BATCH).reshape(BATCH, 4, 4, 1)
-LEVELS = jnp.arange(2 * BATCH).reshape(BATCH, 2)
-TS = jnp.asarray([1.0, 0.5, 0.1])
-T8 = transforms.DataTransform(8)
 HEUN = solvers.heun(sde.probability_flow(VP, lambda x, t: -x))
 MASK = operators.mask(jnp.asarray([[1.0, 0.0]]), (2,))
 
-state = states(X)
 exact = states(X, exact=(BATCH, 2))
 of_two = Role(lambda v, a: is_array(v) and v.ndim == 2 and v.shape[1] == 2, states(X).values, X)
-image = states(IMAGE, exact=IMAGE.shape)
-shrink = fields(lambda x, t: -x)
-positive = lambda value: 0 < value < math.inf
-of_x = lambda name: lambda a: np.shape(a[name])
-each = lambda name: lambda a: batch_of(a[name])
 downwards = grids(TS, lambda ts: ts[0] > ts[-1])
-
-
-def summed(x):
-    return -jnp.sum(x, axis=tuple(range(1, x.ndim)))
 
 
 def guided(make, **roles):
@@ -107,19 +99,21 @@ def array_of(usual, shape):
 
 
 levels = integers(LEVELS)
+sizes = Role(
+    lambda v, a: isinstance(v, tuple) and all(isinstance(n, int) and n > 0 for n in v),
+    st.lists(st.sampled_from([0, 1, 2, -1, 1.5]), max_size=3).map(tuple) | st.just(3),
+    (2,),
+)
 x0, x1, z = (states(X, like="x0" if name != "x0" else None) for name in ("x0", "x1", "z"))
 path = interpolants.linear(interpolants.bridge())
 linear_path = lambda function: lambda **a: function(path, **a)
 mean = Role(lambda v, a: is_array(v) and v.ndim == 1 and len(v) >= 1, states(jnp.zeros(2)).values, jnp.zeros(2))
 square = array_of(jnp.eye(2), lambda a: np.shape(a["mean"]) * 2)
-rgb = states(jnp.zeros((BATCH, 4, 4, 3)), exact=(BATCH, 4, 4, 3))
 vector = Role(
     lambda v, a: is_array(v, jnp.integer) and v.ndim == 1 and len(v) > 0,
     integers(jnp.arange(BATCH)).values,
     jnp.arange(BATCH),
 )
-
-either = grids(TS, lambda ts: True)
 
 
 def made_for(net):
@@ -299,13 +293,7 @@ ENTRIES = [
     ),
     Entry(
         transforms.bits_per_dim,
-        {
-            "event_shape": Role(
-                lambda v, a: isinstance(v, tuple) and all(isinstance(n, int) and n > 0 for n in v),
-                st.lists(st.sampled_from([0, 1, 2, -1, 1.5]), max_size=3).map(tuple) | st.just(3),
-                (2,),
-            )
-        },
+        {"event_shape": sizes},
         lambda a: (BATCH,),
         lambda event_shape: transforms.bits_per_dim(jnp.zeros(BATCH), T8, event_shape),
     ),
@@ -338,13 +326,7 @@ ENTRIES = [
     ),
     Entry(
         dequantisation.level_bits,
-        {
-            "event_shape": Role(
-                lambda v, a: isinstance(v, tuple) and all(isinstance(n, int) and n > 0 for n in v),
-                st.lists(st.sampled_from([0, 1, 2, -1, 1.5]), max_size=3).map(tuple) | st.just(3),
-                (2,),
-            )
-        },
+        {"event_shape": sizes},
         lambda a: (BATCH,),
         lambda event_shape: dequantisation.level_bits(jnp.zeros(BATCH), event_shape),
     ),
@@ -589,16 +571,4 @@ ENTRIES = [
 ]
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-@hypothesis.given(data=st.data())
-@hypothesis.settings(FAST, max_examples=8)
-def test_arguments_that_do_not_fit_are_named(entry, data):
-    fuzz(entry, data)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-@hypothesis.given(data=st.data())
-@hypothesis.settings(FAST, max_examples=300)
-def test_many_arguments_that_do_not_fit_are_named(entry, data):
-    fuzz(entry, data)
+test_arguments_that_do_not_fit_are_named, test_many_arguments_that_do_not_fit_are_named = fast_and_slow(ENTRIES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import batch_time, check_state, example_keys, expand, fold_in, normal_like
+from jdiff._array import batch_time, check_state, example_keys, expand, fold_in, is_concrete, normal_like
 from jdiff._typing import Key, Process
 from jdiff.solvers.base import Noise
 
@@ -36,7 +36,7 @@ def brownian(key: Key, process: Process, *, t_min: float | None = None, t_max: f
       TypeError: key is not a typed threefry key.
     """
     ends = (process.t_max if t_max is None else t_max, process.t_min if t_min is None else t_min)
-    if not 0 <= ends[1] < ends[0] <= process.t_max:
+    if all(map(is_concrete, ends)) and not 0 <= ends[1] < ends[0] <= process.t_max * (1 + 1e-6):
         raise ValueError(f"0 <= t_min < t_max <= {process.t_max} must hold, got t_min = {ends[1]}, t_max = {ends[0]}")
 
     def noise(keys, x, t, s):
