@@ -37,8 +37,8 @@ def main() -> None:
         with jax.profiler.trace(folder):
             for _ in range(_STEPS):
                 jax.block_until_ready(call())
-        found = {str(p): jax.profiler.ProfileData.from_file(str(p)) for p in pathlib.Path(folder).rglob("*.xplane.pb")}
-        spent = _spent(found.values())
+        files = pathlib.Path(folder).rglob("*.xplane.pb")
+        spent = _spent(jax.profiler.ProfileData.from_file(str(path)) for path in files)
     total, kinds, places = sum(spent.values()), collections.Counter(), collections.defaultdict(collections.Counter)
     sources = dict(re.findall(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', text, re.MULTILINE))
     for name, time in spent.items():

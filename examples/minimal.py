@@ -1,4 +1,4 @@
-"""Train, sample, evaluate with the library alone: `python examples/minimal.py`, 40 s of processor time."""
+"""Train, sample, evaluate with the library alone: `python examples/minimal.py`, in a minute."""
 
 import functools
 import sys

@@ -8,7 +8,7 @@ import random
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Compiling is most of the fast tests' time: without LLVM's optimisations and XLA's newer emitters of fusions it takes
-# a quarter, and programs run slower. With JDIFF_TEST_OPTIMISED=1, as in the slow tests, they are compiled as users do.
+# less, and programs run slower. With JDIFF_TEST_OPTIMISED=1, as in the slow tests, they are compiled as users do.
 if not os.environ.get("JDIFF_TEST_OPTIMISED"):
     os.environ["XLA_FLAGS"] += (
         " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
@@ -18,7 +18,7 @@ if not os.environ.get("JDIFF_TEST_OPTIMISED"):
 import jax
 import pytest
 
-# Tracing makes many objects and few cycles: looking for cycles less often spares a sixth of its time.
+# Tracing makes many objects and few cycles: looking for cycles less often spares some of its time.
 gc.set_threshold(100_000, 20, 100)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -43,6 +43,7 @@ def test_the_toy_makes_its_picture(tmp_path, monkeypatch, capsys):
 def test_what_was_promised_of_lengths():
     lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "examples").glob("*.py")}
     assert lines["tutorial_1_toy.py"] < 100 and lines["minimal.py"] <= 80
+    assert f"trains and samples in {lines['minimal.py']} lines" in (ROOT / "README.md").read_text()
     assert len(TUTORIALS) == 5
 
 

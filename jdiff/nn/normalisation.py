@@ -40,13 +40,13 @@ class GroupNorm(nn.Module):
         share = member / (math.prod(x.shape[1:]) // groups)
 
         def of_group(values):
-            """Mean over each group, for each of its channels: sums over pixels first, then two small products."""
+            """Mean over each group, for each of its channels: sums over pixels first, then two thin products."""
             means = jnp.matmul(values.sum(axis=over), share, precision="highest")
             means = jnp.matmul(means, member.T, precision="highest")
             return means.reshape(x.shape[0], *(1,) * len(over), channels)
 
         # The result does not depend on what is subtracted first, a constant to differentiation: this keeps digits, and
-        # the backward pass of an affine map of x costs a third of that of centred values (benchmarks.group_norm).
+        # the backward pass of an affine map of x costs less than that of centred values (benchmarks.group_norm).
         wide = wide - jax.lax.stop_gradient(of_group(wide))
         mean = of_group(wide)
         factor = jax.lax.rsqrt(of_group(jnp.square(wide)) - jnp.square(mean) + 1e-6)
