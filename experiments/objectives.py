@@ -97,7 +97,7 @@ def loss(config: ConfigDict, module, statistics: dict, data_transform: DataTrans
     with the accuracy among its metrics. A batch with "noise" holds pairs in model space, as `experiments.pairs` makes
     them; otherwise the noise of an example comes from its key, or with loss.coupling = "optimal_transport" from that of
     one of its group with the same condition. "implicit" and "sliced" match the score without a target: loss.weight of a
-    score, times 2/D of `jdiff.score_matching`, which is the denoising loss less a number that no parameter changes.
+    score, times 2/D of `jdiff.score_matching`, on average the denoising loss less a number that no parameter changes.
     "maximum_likelihood" draws no times (see `flows`).
     """
     forward_process = process(config)
