@@ -1,14 +1,17 @@
 """What surrounds the training steps: the way to the first one, saves, and input.
 
-    TFDS_DATA_DIR=... python -m benchmarks.running [--config configs/digits.py]
+    TFDS_DATA_DIR=... python -m benchmarks.running [--config configs/digits.py] [--parts start saves save input]
 
-Prints seconds from the start of `experiments.train` to its first step, with an empty and with a filled cache of
-compiled programs; images/s of the same run with a save every 50 steps and with none; bytes and seconds of a save; and
-images/s of the input at 32x32x3 and 256x256x3, by one process.
+start: seconds from the start of `experiments.train` to its first step, with an empty and with a filled cache of
+compiled programs. saves: images/s of the same run with a save every 50 steps and with none. save: bytes and seconds of
+a save. input: images/s of the input in one process, from memory at 32x32x3 and 256x256x3, and from files: 256x256
+crops of scikit-learn's two photographs as PNG and as JPEG (quality 95), which are decoded.
 """
 
 from __future__ import annotations
 
+import io
+import itertools
 import os
 import pathlib
 import statistics
@@ -34,23 +37,13 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--config", default="configs/digits.py")
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS])
     options = common.parse(parser)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        first = {name: _first_step(options.config, folder, name) for name in ("empty cache", "filled cache")}
-        print(first, flush=True)
-        # Turn about, so that a machine that slows down slows both.
-        rates = {name: [] for name in ("with saves", "without")}
-        for n in range(3):
-            for name, every in (("with saves", SAVES), ("without", 10 * options.steps)):
-                rates[name].append(_images_per_second(options, folder / f"{name}{n}", every))
-        result = {
-            "seconds_to_first_step": first,
-            "images_per_second": rates,
-            "saves_over_none": statistics.median(a / b for a, b in zip(*rates.values(), strict=True)),
-            "save": _save(options.config, folder / "save"),
-            "input_images_per_second": {f"{side}x{side}x3": _input(side) for side in (32, 256)},
-        }
+    result = {}
+    for name in options.parts:
+        with tempfile.TemporaryDirectory() as folder:
+            result |= PARTS[name](options, pathlib.Path(folder))
+        print(result, flush=True)
     common.write(options, "running", result)
 
 
@@ -60,6 +53,21 @@ def _config(path, *changes):
         cli.override(config, text)
     checks.check(config)
     return config
+
+
+def _start(options, folder):
+    names = ("empty cache", "filled cache")
+    return {"seconds_to_first_step": {name: _first_step(options.config, folder, name) for name in names}}
+
+
+def _saves(options, folder):
+    # Turn about, so that a machine that slows down slows both.
+    rates = {name: [] for name in ("with saves", "without")}
+    for n in range(3):
+        for name, every in (("with saves", SAVES), ("without", 10 * options.steps)):
+            rates[name].append(_images_per_second(options, folder / f"{name}{n}", every))
+    ratio = statistics.median(a / b for a, b in zip(*rates.values(), strict=True))
+    return {"images_per_second": rates, "saves_over_none": ratio}
 
 
 def _first_step(path, folder, name):
@@ -89,36 +97,82 @@ def _images_per_second(options, folder, every):
     return len(lines) / sum(1 / line["images_per_second"] for line in lines)
 
 
-def _save(path, folder):
-    config = _config(path)
+def _save(options, folder):
+    config = _config(options.config)
     described = model.describe(config, data.load(config.data.name, config.data.train))
     like = train._state_shapes(config, described, build.optimiser(config))
-    state = jax.tree.map(lambda s: jax.random.normal(jax.random.key(0), s.shape).astype(s.dtype), like)
-    blocked, whole = [], []
-    with checkpoint.open_manager(str(folder), keep=10) as manager:
-        for step in range(1, 6):
-            start = time.perf_counter()
+    keys = map(jax.random.key, itertools.count())  # arrays that are not alike, which would compress too well
+    state = jax.tree.map(lambda s: jax.random.normal(next(keys), s.shape).astype(s.dtype), like)
+    times = {"seconds_blocked": [], "seconds_until_on_disk": [], "cpu_seconds": []}
+    with checkpoint.open_manager(str(folder), keep=3) as manager:
+        for step in range(1, 16):
+            start, cpu = time.perf_counter(), time.process_time()
             checkpoint.save(manager, step, state._replace(step=jax.numpy.int32(step))._asdict())
-            blocked.append(time.perf_counter() - start)
+            times["seconds_blocked"].append(time.perf_counter() - start)
             manager.wait_until_finished()
-            whole.append(time.perf_counter() - start)
-    size = sum(file.stat().st_size for file in (folder / "5").rglob("*") if file.is_file())
-    arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    medians = {"seconds_blocked": statistics.median(blocked[1:]), "seconds_until_on_disk": statistics.median(whole[1:])}
-    return medians | {"bytes_of_arrays": arrays, "bytes_on_disk": size}
+            times["seconds_until_on_disk"].append(time.perf_counter() - start)
+            times["cpu_seconds"].append(time.process_time() - cpu)
+    size = sum(file.stat().st_size for file in (folder / "15").rglob("*") if file.is_file())
+    leaves = jax.tree.leaves(state)
+    found = {name: statistics.median(values[5:]) for name, values in times.items()}
+    found |= {"arrays": len(leaves), "bytes_of_arrays": sum(leaf.nbytes for leaf in leaves), "bytes_on_disk": size}
+    return {"save": found}
 
 
-def _input(side, batch=128):
-    images = np.random.default_rng(0).integers(0, 256, (512, side, side, 3), np.uint8)
-    batches = data.batches(from_arrays(images), batch, seed=0)
+def _input(options, folder):
+    images = lambda side: np.random.default_rng(0).integers(0, 256, (512, side, side, 3), np.uint8)
+    found = {f"{side}x{side}x3 from memory": _throughput(from_arrays(images(side))) for side in (32, 256)}
+    for kind in ("png", "jpeg"):
+        source = _photographs(folder / kind, kind)
+        for threads in (1, 2):
+            found[f"256x256x3 {kind}, {threads} reading"] = _throughput(source, threads=threads)
+    return {"input": found}
+
+
+def _photographs(folder, kind, count=512, side=256):
+    """A data set of crops of two photographs, as image files in array records."""
+    import tensorflow_datasets as tfds
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    class Photographs(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            image = tfds.features.Image(shape=(side, side, 3), encoding_format=kind)
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"image": image}))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            rng, photographs = np.random.default_rng(0), load_sample_images().images
+            for n in range(count):
+                photograph = photographs[n % 2]
+                top, left = (int(rng.integers(size - side + 1)) for size in photograph.shape[:2])
+                packed = io.BytesIO()
+                Image.fromarray(photograph[top : top + side, left : left + side]).save(packed, kind, quality=95)
+                yield n, {"image": io.BytesIO(packed.getvalue())}
+
+    Photographs(data_dir=str(folder), file_format="array_record").download_and_prepare()
+    return data.load("photographs", "train", data_dir=folder)
+
+
+def _throughput(source, batch=128, **options):
+    batches = data.batches(source, batch, seed=0, **options)
     for _ in range(10):
         next(batches)
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < 3:
+    start, cpu, count = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() - start < 5:
         next(batches)
         count += batch
-    return count / (time.perf_counter() - start)
+    return {
+        "images_per_second": count / (time.perf_counter() - start),
+        "images_per_cpu_second": count / (time.process_time() - cpu),
+    }
 
+
+PARTS = {"start": _start, "saves": _saves, "save": _save, "input": _input}
 
 if __name__ == "__main__":
     main()

@@ -118,9 +118,6 @@ def _train(config, run, manager, lock, mesh, described, source, examples, valida
         if lock is not None:
             lock.check()
         items = {**state._asdict(), "statistics": statistics, "data": batches.get_state(), "meta": identity}
-        if jax.process_count() > 1:  # the others would wait for one that tries again: a restart resumes
-            checkpoint.save(manager, step, items, force=force)
-            return
         for begin in (manager.wait_until_finished, lambda: checkpoint.save(manager, step, items, force=force)):
             try:
                 begin()

@@ -15,10 +15,18 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jdiff import checkpoint, parallel, training
-from jdiff.checkpoint import _digests, store
+from jdiff.checkpoint import _digests, _trees, store
 
-KEY, WIDTH = jax.random.key(11), 2048  # arrays large enough to be files of their own
+KEY, WIDTH = jax.random.key(11), 2048  # arrays large enough to be files of their own, or to be packed
 META = {"config": {"rate": 1e-2, "widths": [4, 8]}, "versions": {"jax": "any"}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def both_layouts():
+    """The matrices are arrays of their own, vectors and numbers are packed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_trees, "_SMALL", 2**14)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -361,9 +369,46 @@ def test_twenty_names_are_listed_and_the_rest_counted(original):
 
 
 def test_another_format_is_named_and_no_damage(original, monkeypatch):
-    monkeypatch.setattr(store, "_FORMAT", 2)
-    with pytest.raises(ValueError, match="has format 1, this version of jdiff reads format 2"):
+    monkeypatch.setattr(store, "_FORMAT", 1)
+    with pytest.raises(ValueError, match="has format 2, this version of jdiff reads formats up to 1"):
         restore(original[0], like())
+
+
+def test_the_first_format_is_read(tmp_path, monkeypatch):
+    """Every array by itself, and no word of where."""
+    state = start()
+    with monkeypatch.context() as patched, checkpoint.open_manager(tmp_path) as manager:
+        patched.setattr(store, "_FORMAT", 1)
+        patched.setattr(_trees, "_SMALL", -1)
+        checkpoint.save(manager, 3, items(state._replace(step=jnp.int32(3)), Input()))
+    meta = json.loads((tmp_path / "3" / "meta" / "metadata").read_text())
+    assert meta["format"] == 1 and "byte" not in meta["items"]["params"]["leaves"]["out"]
+    restored = restore(tmp_path, like())
+    same(state_of(restored), jax.tree.map(np.asarray, state._replace(step=jnp.int32(3))))
+
+
+def test_small_arrays_are_one_of_orbax(tmp_path):
+    """Of every dtype and shape, bit for bit; what is split over devices, or large, stays by itself."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.integers(0, 200, shape)
+    dtypes = ("bool", "int8", "uint32", "float16", "bfloat16", "float8_e4m3fn", "float32", "complex64")
+    small = {name: jnp.asarray(draw(3, 5)).astype(name) for name in dtypes} | {"number": jnp.int32(7)}
+    small |= {
+        "nan": jnp.asarray([np.nan, -0.0], jnp.float32),
+        "none": jnp.zeros((0, 4)),
+        "host": np.arange(3, dtype=np.float32),
+    }
+    split = NamedSharding(parallel.data_mesh(jax.devices()[:2]), PartitionSpec("data"))
+    tree = {"small": small, "split": jax.device_put(jnp.arange(8.0), split), "large": jnp.zeros(2**14)}
+    with checkpoint.open_manager(tmp_path) as manager:
+        checkpoint.save(manager, 1, {"tree": tree})
+    stored = json.loads((tmp_path / "1" / "tree" / "_METADATA").read_text())["tree_metadata"]
+    assert len(stored) == 3
+    back = restore(tmp_path, {"tree": jax.eval_shape(lambda: tree)})["tree"]
+    bits = lambda leaf: (leaf.shape, leaf.dtype, np.asarray(leaf).tobytes())
+    assert jax.tree.map(bits, back) == jax.tree.map(bits, tree)
+    with checkpoint.open_manager(tmp_path) as manager, pytest.raises(ValueError, match="'packed bytes' is taken"):
+        checkpoint.save(manager, 2, {"tree": {"packed bytes": {"a": jnp.zeros(3)}}})
 
 
 def test_what_one_process_cannot_read_is_damage_in_all(tmp_path, monkeypatch):
@@ -383,7 +428,7 @@ def test_what_one_process_cannot_read_is_damage_in_all(tmp_path, monkeypatch):
     with pytest.raises(checkpoint.DamagedCheckpointError, match="missing"):
         store._read(manager, 3, "data", None)
     others = True
-    with pytest.raises(checkpoint.DamagedCheckpointError, match=r"unreadable in processes \[1\]"):
+    with pytest.raises(checkpoint.DamagedCheckpointError, match="failed in process 1, which says why"):
         store._read(manager, 3, "meta", None)
     assert told == [False, True, False]
 

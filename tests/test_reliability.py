@@ -181,8 +181,8 @@ FULL_FOR_A_WHILE = """
 import resource, runpy, sys, threading, time
 from experiments.artefacts import Run, read_jsonl
 
-run, sys.argv = Run(sys.argv[1]), ["train", *sys.argv[2:], "--workdir", sys.argv[1]]
-resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
+run, limit, sys.argv = Run(sys.argv[1]), int(sys.argv[2]), ["train", *sys.argv[3:], "--workdir", sys.argv[1]]
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
 def lift():
     while not any(line["step"] >= 42 for line in read_jsonl(run / "metrics.jsonl")):
@@ -197,7 +197,7 @@ runpy.run_module("experiments.train", run_name="__main__")
 def test_a_disk_that_is_full_for_a_while(place, undisturbed, tmp_path):
     """A limit on the size of files stands for it: saves fail, are reported, and succeed when there is room again."""
     run = Run(str(tmp_path / "run"))
-    process = start(place, run.path, program=["-c", FULL_FOR_A_WHILE, str(run.path)])
+    process = start(place, run.path, program=["-c", FULL_FOR_A_WHILE, str(run.path), "6000"])
     code, out = finish(process)
     assert code == 0, out
     assert re.search(r"step 6 could not be written to .*checkpoints: .*; tried again at the next save", out), out
@@ -493,12 +493,15 @@ def test_a_state_moves_between_meshes(tmp_path):
 # Several processes ---------------------------------------------------------------------------------------------------
 
 
-def several(place, run, count, *more, devices=2, **settings):
+def several(place, run, count, *more, devices=2, program=None, programs=None, **settings):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     flags = [f"--coordinator={address}", f"--processes={count}", "--heartbeat=10"]
-    return [start(place, run, *flags, f"--process={n}", *more, devices=devices, **settings) for n in range(count)]
+    return [
+        start(place, run, *flags, f"--process={n}", *more, devices=devices, program=program, **settings)
+        for n, program in enumerate(programs or [program] * count)
+    ]
 
 
 def finish_all(processes, timeout=240):
@@ -576,6 +579,67 @@ def test_a_process_that_dies_stops_the_others(place, tmp_path):
         process.kill()
         process.communicate()
     assert min(line["step"] for line in read_jsonl(run / "metrics.jsonl")) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("full", "limit"), [(0, 6000), (1, 1000)])
+def test_one_disk_of_two_is_full_for_a_while(place, tmp_path, full, limit):
+    """Both agree that a step was not written, say so and go on; the first that can be is, and the end is the same."""
+    settings = {
+        "training.sharding.fsdp": 4,  # so that both have something to write
+        "training.sharding.min_size": 1,
+        "network.options": {"width": 32, "depth": 1},
+    }
+    runs = [Run(str(tmp_path / name)) for name in ("whole", "full")]
+    for run in runs:
+        programs = [None, None]
+        if run is runs[1]:
+            programs[full] = ["-c", FULL_FOR_A_WHILE, str(run.path), str(limit)]
+        results = finish_all(several(place, run.path, 2, programs=programs, **settings))
+        assert [code for code, _ in results] == [0, 0], results
+    failed, other = results[full][1], results[1 - full][1]
+    said = r"step 6 could not be written to .*{}.*; tried again at the next save"
+    assert re.search(said.format("File too large"), failed), failed
+    assert re.search(said.format("failed in .*process.*, which says why"), other), other
+    reported = [re.findall(r"step (\d+) could not be written", out) for out in (failed, other)]
+    assert reported[0] == reported[1] and len(reported[0]) >= 3, reported
+    assert not list((runs[1] / "checkpoints").glob("*tmp*"))
+    assert state_of(runs[1]) == state_of(runs[0]) and lines_of(runs[1]) == lines_of(runs[0])
+
+
+@pytest.mark.slow
+def test_sampling_that_loses_a_process(place, undisturbed, tmp_path):
+    """One of two is killed: the other ends and says so; one process makes the batches that are missing, no others."""
+    settings = {"sampling.number": 3200, "sampling.batch_size": 8}
+    runs = [Run(str(tmp_path / name)) for name in ("alone", "broken")]
+    for run in runs:
+        shutil.copytree(undisturbed.path, run.path)
+    alone, run = runs
+    program = lambda run: ["-m", "experiments.sample", "--workdir", str(run.path)]
+    done = lambda: sorted(run.path.glob("samples_*.parts/*.npz"))
+    processes = several(place, run.path, 2, program=program(run), **settings)
+    while sum(int(file.stem) % 2 for file in done()) < 20 and processes[1].poll() is None:
+        time.sleep(0.01)
+    processes[1].kill()
+    killed = time.monotonic()
+    code, out = finish(processes[0], timeout=60)
+    processes[1].communicate()
+    assert code != 0 and time.monotonic() - killed < 40
+    assert re.search(r"heartbeat|another task died|Gloo|connection|peer", out, re.IGNORECASE), out
+    kept = done()
+    assert 220 <= len(kept) < 400  # all of process 0, some of process 1
+    marked = [int(kept[n].stem) for n in (0, -1)]
+    for n in marked:  # what is there is taken as it is
+        np.savez(run / f"{kept[0].parent.name}/{n:06d}.npz", images=np.full((8, 8, 8, 1), 99, np.int32))
+    images = []
+    for which in (alone, run):
+        code, out = finish(start(place, which.path, program=program(which), devices=2, **settings))
+        assert code == 0, out
+        with np.load(which / "samples_dpmpp_2m.npz", allow_pickle=False) as file:
+            images.append(file["images"].reshape(400, 8, 8, 8, 1))
+    assert (images[1][marked] == 99).all()
+    others = np.setdiff1d(np.arange(400), marked)
+    np.testing.assert_array_equal(images[1][others], images[0][others])
 
 
 FAILS_IN_THE_MIDDLE = """

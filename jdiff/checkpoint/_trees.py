@@ -2,15 +2,20 @@
 
 import base64
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Sharding
 
 from jdiff.checkpoint._digests import digests
+
+PACKED = "packed bytes"
+_SMALL = 2**22
 
 
 def flatten(name, tree):
@@ -21,6 +26,8 @@ def flatten(name, tree):
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
             raise TypeError(f"{name}/{text} must be a numeric array, got {dtype or type(leaf).__name__}")
+        if text.split("/")[0] == PACKED:
+            raise ValueError(f"{name}/{text}: the name {PACKED!r} is taken")
         # Orbax joins the parts by dots: {"a.b": x, "a": {"b": y}} would be one name.
         if text.replace("/", ".") in names:
             raise ValueError(f"two leaves of {name} have the path {text!r}")
@@ -41,9 +48,27 @@ def nest(leaves):
     return nested
 
 
-def stored(leaves):
-    """Without arrays of no elements, which Orbax refuses: their shape and dtype in `meta` are all there is to them."""
-    return {path: leaf for path, leaf in leaves.items() if leaf.size}
+def pack(leaves):
+    """What Orbax writes, and {path: first byte} of what is in its packed bytes.
+
+    Orbax spends about 2 ms of Python on an array. Arrays of no elements, which it refuses, are left out: their shape
+    and dtype in `meta` are all there is to them.
+    """
+    small = [path for path, leaf in leaves.items() if 0 < leaf.nbytes <= _SMALL and _whole(leaf)]
+    packed = [array.tobytes() for array in jax.device_get([leaves[path] for path in small])]
+    first = dict(zip(small, itertools.accumulate(map(len, packed), initial=0), strict=False))
+    stored = nest({path: leaf for path, leaf in leaves.items() if leaf.size and path not in first})
+    return stored | ({PACKED: np.frombuffer(b"".join(packed), np.uint8)} if small else {}), first
+
+
+def unpack(packed, first, leaf):
+    """The array of a leaf's shape and dtype that begins at a byte."""
+    size = leaf.size * leaf.dtype.itemsize
+    return np.frombuffer(packed[first : first + size].tobytes(), leaf.dtype).reshape(leaf.shape)
+
+
+def _whole(leaf):
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_replicated
 
 
 def nest_order(leaves):

@@ -1,11 +1,15 @@
 """What a directory of checkpoints is opened with, and what can be wrong with it."""
 
 import contextlib
+import dataclasses
+import itertools
 import operator
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+
+from jdiff.checkpoint._together import Barrier, OtherProcessError, agreed
 
 __all__ = [
     "DamagedCheckpointError",
@@ -15,6 +19,9 @@ __all__ = [
     "SaveError",
     "open_manager",
 ]
+
+_UNFINISHED = ".orbax-checkpoint-tmp"
+_WRITERS = itertools.count(1)
 
 
 class NoCheckpointError(FileNotFoundError):
@@ -41,23 +48,22 @@ class Manager(ocp.CheckpointManager):
     """
 
     def __init__(self, directory: epath.Path, options: ocp.CheckpointManagerOptions) -> None:
-        super().__init__(directory, options=options)
+        self._given, self._number = options, next(_WRITERS) if not options.read_only else 0
+        self._failures, self._left_over, self._closing = 0, False, False
+        self._writing: int | None = None
+        self._open(directory)
         self.every: int = options.save_interval_steps
         self.read_only: bool = options.read_only
         self.trusted: set[int] = set()
         self.damaged: set[int] = set()
-        self._given, self._left_over = options, False
-        self._writing: int | None = None
 
     def write(self, step: int, args: ocp.args.Composite) -> None:
         """Begin to write a step; see `save`, which is the function to call."""
-        if self._left_over:
-            self.wait_until_finished()
-            self._clear()
+        self.wait_until_finished()
+        with self._all(step):
+            self._make_room()
         try:
             self.save(step, args=args, force=True)
-        except SaveError:
-            raise
         except Exception as error:
             raise self._failed(step, error) from error
         self._writing = step
@@ -67,36 +73,81 @@ class Manager(ocp.CheckpointManager):
         return False
 
     def wait_until_finished(self) -> None:
-        """Block until the last save is on disk.
+        """Block until the last save is on disk; in a run of several processes all of them call it.
 
         Raises:
-            SaveError: it could not be written. The next save may be tried as if nothing had happened.
+            SaveError: it could not be written, by this process or another one. The next save may be tried as if
+                nothing had happened.
         """
-        try:
+        step, self._writing = self._writing, None
+        with self._all(step) if step is not None else contextlib.nullcontext():
             super().wait_until_finished()
+
+    def close(self) -> None:
+        """Wait for the last save and release threads; a process that ends alone does not wait for the others."""
+        self._closing = True
+        super().close()
+
+    @contextlib.contextmanager
+    def _all(self, step):
+        """What fails in one process fails in all, at the end of the context."""
+        fault = None
+        try:
+            yield
         except Exception as error:
-            raise self._failed(self._writing, error) from error
+            fault = error
+        if not self._closing:
+            fault = agreed(fault)
+        if fault is not None:
+            raise self._failed(step, fault) from fault
 
     def _failed(self, step, error):
         """Forget a step that could not be written, and what was written of it."""
         self.trusted.discard(step)
-        if jax.process_count() == 1:
-            # Orbax raises the error of a background save at every later call: only a new manager writes again.
-            with contextlib.suppress(Exception):
-                self._checkpointer.close()
+        self._failures += 1
+        # Orbax raises the error of a background save at every later call: only a new manager writes again.
+        with contextlib.suppress(Exception):
+            self._checkpointer.close()
+        if not self._closing:
             with contextlib.suppress(OSError):  # a folder that cannot be read now may be at the next save
-                super().__init__(self.directory, options=self._given)
-            self._clear()
+                self._open(self.directory)
+        self._clear()
+        while isinstance(error, OtherProcessError) and error.__context__ is not None:
+            error = error.__context__  # it came to the wrong barrier because of this
         text = " ".join(str(error).split()) or type(error).__name__
         return SaveError(f"step {step} could not be written to {self.directory}: {text[:400]}")
 
+    def _open(self, directory):
+        """Be a new Orbax manager; after the first time without waiting for the other processes."""
+        self._opened = False
+        barrier = Barrier(f"jdiff_save_{self._number}_{self._failures}")
+        # Else threads wait for minutes for folders that could not be made, and the process at its end for them.
+        threads = ocp.AsyncOptions(create_directories_asynchronously=False, barrier_sync_fn=barrier)
+        create = self._given.create and not self._failures
+        super().__init__(directory, options=dataclasses.replace(self._given, async_options=threads, create=create))
+        self._opened = True
+
+    def _make_room(self):
+        """Be ready to write, or raise what Orbax would meet in one process while it waits in the others."""
+        if not self._opened:
+            self._open(self.directory)
+        if self._left_over:
+            self._clear()
+        if jax.process_count() > 1 and jax.process_index() == 0:
+            probe = self.directory / f"probe{_UNFINISHED}"
+            probe.mkdir(parents=True, exist_ok=True)
+            probe.rmtree(missing_ok=True)
+
     def _clear(self):
-        """Make room: remove what unfinished saves left; what their threads still write meanwhile, the next time."""
+        """Remove what unfinished saves left; what their threads still write meanwhile, the next time."""
         self._left_over = False
-        for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
-            with contextlib.suppress(OSError):
-                left.rmtree(missing_ok=True)
-            self._left_over = True  # looked at once more, however it went
+        if jax.process_index():
+            return
+        with contextlib.suppress(OSError):
+            for left in self.directory.glob(f"*{_UNFINISHED}*"):
+                self._left_over = True  # looked at once more, however it goes
+                with contextlib.suppress(OSError):
+                    left.rmtree(missing_ok=True)
 
 
 def open_manager(directory: str, *, keep: int = 3, every: int = 1, read_only: bool = False) -> Manager:
@@ -118,7 +169,9 @@ def open_manager(directory: str, *, keep: int = 3, every: int = 1, read_only: bo
     for name, value in {"keep": keep, "every": every}.items():
         if operator.index(value) < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    path = epath.Path(directory).expanduser().absolute()
+    path = epath.Path(directory)
+    if "://" not in str(path):  # pathlib would put the working directory before a URL
+        path = path.expanduser().absolute()
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file, not a directory of checkpoints")
     if read_only and not path.exists():
@@ -128,7 +181,6 @@ def open_manager(directory: str, *, keep: int = 3, every: int = 1, read_only: bo
         save_interval_steps=every,
         create=not read_only,
         read_only=read_only,
-        # Else threads wait for minutes for folders that could not be made, and the process at its end for them.
-        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        save_root_metadata=False,
     )
     return Manager(path, options)

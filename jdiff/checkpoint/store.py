@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from jdiff.checkpoint import _trees
+from jdiff.checkpoint._together import agreed
 from jdiff.checkpoint.manager import (
     DamagedCheckpointError,
     DamagedCheckpointWarning,
@@ -22,7 +23,8 @@ from jdiff.checkpoint.manager import (
 __all__ = ["restore", "save"]
 
 _JSON_ITEMS = ("data", "meta")
-_FORMAT = 1
+_FORMAT = 2
+"""1: each array is one of Orbax; 2: small ones are together (`_trees.pack`), and `meta` says where."""
 _SHOWN = 20
 
 
@@ -76,8 +78,13 @@ def save(manager: Manager, step: int, items: Mapping[str, Any], *, force: bool =
     _same_everywhere(texts)
     if "data" in texts:
         manifest["data"] = {"sha256": _trees.sha256(texts["data"])}
+    args: dict[str, Any] = {}
     for name, leaves in trees.items():
-        manifest[name] = {"leaves": _trees.describe(leaves)}
+        described = _trees.describe(leaves)
+        stored, packed = _trees.pack(leaves)
+        manifest[name] = {"leaves": {p: d | ({"byte": packed[p]} if p in packed else {}) for p, d in described.items()}}
+        if stored:
+            args[name] = ocp.args.StandardSave(stored)
     meta = {"format": _FORMAT, "step": step, "meta": texts.get("meta"), "items": manifest}
     meta["sha256"] = _trees.sha256(meta)
 
@@ -85,8 +92,6 @@ def save(manager: Manager, step: int, items: Mapping[str, Any], *, force: bool =
     for damaged in sorted(manager.damaged.intersection(held)):
         manager.delete(damaged)
     manager.damaged.clear()
-    trees = {name: _trees.stored(leaves) for name, leaves in trees.items()}
-    args = {name: ocp.args.StandardSave(_trees.nest(leaves)) for name, leaves in trees.items() if leaves}
     if "data" in texts:
         args["data"] = ocp.args.JsonSave(texts["data"])
     manager.write(step, ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)))
@@ -157,8 +162,8 @@ def _restore_step(manager, step, like, sharding):
         raise _damaged(manager, step, "meta", "its digest disagrees")
     if meta["step"] != step:
         raise _damaged(manager, step, "meta", f"it was written for step {meta['step']}")
-    if meta["format"] != _FORMAT:
-        raise ValueError(f"{where} has format {meta['format']}, this version of jdiff reads format {_FORMAT}")
+    if meta["format"] > _FORMAT:
+        raise ValueError(f"{where} has format {meta['format']}, this version of jdiff reads formats up to {_FORMAT}")
     trees = {name: _trees.flatten(name, tree) for name, tree in like.items() if name not in (*_JSON_ITEMS, "step")}
     _compare(where, meta, like, trees)
     placements = {
@@ -167,8 +172,9 @@ def _restore_step(manager, step, like, sharding):
 
     restored: dict[str, Any] = {}
     for name, leaves in trees.items():
-        arrays = _read_arrays(manager, step, name, leaves, placements[name])
-        saved, found = meta["items"][name]["leaves"], _trees.describe(arrays)
+        saved = meta["items"][name]["leaves"]
+        arrays = _read_arrays(manager, step, name, leaves, saved, placements[name])
+        found = _trees.describe(arrays)
         if wrong := [f"{name}/{path}" for path in found if found[path]["digest"] != saved[path]["digest"]]:
             raise _damaged(manager, step, name, f"the bits of {_some(wrong)} are not those that were saved")
         restored[name] = jax.tree.unflatten(jax.tree.structure(like[name]), arrays.values())
@@ -195,10 +201,7 @@ def _read(manager, step, item, args):
         value = manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
     except Exception as error:
         fault = error
-    if jax.process_count() > 1:
-        failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(fault is not None)))
-        if failed.size and fault is None:
-            fault = OSError(f"unreadable in processes {failed.tolist()}")
+    fault = agreed(fault)
     if fault is not None and (isinstance(fault, MemoryError) or "RESOURCE_EXHAUSTED" in str(fault)):
         raise fault  # too large for this machine, which is no damage
     if fault is not None:
@@ -207,18 +210,29 @@ def _read(manager, step, item, args):
     return value
 
 
-def _read_arrays(manager, step, item, leaves, places):
+def _read_arrays(manager, step, item, leaves, saved, places):
     def target(path, leaf):
         if places[path] is None:
-            # A NumPy target makes Orbax read to the host; a broadcast one takes no memory itself.
-            return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+            return _on_host(leaf.shape, leaf.dtype)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path])
 
-    values = {path: np.zeros(leaf.shape, leaf.dtype) if not leaf.size else None for path, leaf in leaves.items()}
-    if targets := {path: target(path, leaf) for path, leaf in _trees.stored(leaves).items()}:
-        read = _read(manager, step, item, ocp.args.StandardRestore(_trees.nest(targets)))
-        values |= zip(_trees.nest_order(targets), jax.tree.leaves(read), strict=True)
-    return {path: _trees.put(value, places[path]) for path, value in values.items()}
+    packed = {path: saved[path]["byte"] for path in leaves if "byte" in saved[path]}
+    alone = {path: target(path, leaf) for path, leaf in leaves.items() if leaf.size and path not in packed}
+    targets = _trees.nest(alone)
+    if packed:
+        size = max(first + leaves[path].size * leaves[path].dtype.itemsize for path, first in packed.items())
+        targets[_trees.PACKED] = _on_host((size,), np.uint8)
+    read = _read(manager, step, item, ocp.args.StandardRestore(targets)) if targets else {}
+    content = read.pop(_trees.PACKED, None)
+    values = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves.items() if not leaf.size}
+    values |= zip(_trees.nest_order(alone), jax.tree.leaves(read), strict=True)
+    values |= {path: _trees.unpack(content, first, leaves[path]) for path, first in packed.items()}
+    return {path: _trees.put(values[path], places[path]) for path in leaves}
+
+
+def _on_host(shape, dtype):
+    """A NumPy target makes Orbax read to the host; a broadcast one takes no memory itself."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 def _compare(where, meta, like, trees):
