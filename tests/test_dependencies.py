@@ -18,7 +18,7 @@ EXTRAS = {
     "experiments": {"", "experiments"},
     "benchmarks": {"", "experiments", "test"},
     "examples": {"", "experiments", "test"},
-    "tests": {"", "experiments", "test"},
+    "tests": {"", "experiments", "test", "gcs"},
     "docs": {"", "docs"},
 }
 IMPORTED_AS = {
@@ -27,6 +27,7 @@ IMPORTED_AS = {
     "scikit-learn": "sklearn",
     "pillow": "PIL",
     "tensorflow-datasets": "tensorflow_datasets",
+    "google-cloud-storage": "google",
 }
 LICENCES = {
     "Apache License": "Apache-2.0",

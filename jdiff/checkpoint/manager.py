@@ -115,7 +115,7 @@ class Manager(ocp.CheckpointManager):
         while isinstance(error, OtherProcessError) and error.__context__ is not None:
             error = error.__context__  # it came to the wrong barrier because of this
         text = " ".join(str(error).split()) or type(error).__name__
-        return SaveError(f"step {step} could not be written to {self.directory}: {text[:400]}")
+        return SaveError(f"step {step} could not be written to {self.directory}: {text[:600]}")
 
     def _open(self, directory):
         """Be a new Orbax manager; after the first time without waiting for the other processes."""
