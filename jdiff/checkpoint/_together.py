@@ -1,5 +1,7 @@
 """What the processes of one run agree on while they save: that what failed in one failed in all."""
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -42,7 +44,7 @@ class Barrier:
         # JAX has no public way to JAX's coordination service; a collective must not run beside those of the training.
         from jax._src import distributed
 
-        client = distributed.global_state.client
+        client: Any = distributed.global_state.client
         client.key_value_set(f"{self._place}/{self._count}/{jax.process_index()}", key)
         client.wait_at_barrier(f"{self._place}/{self._count}", timeout_ms)
         here = {name for _, name in client.key_value_dir_get(f"{self._place}/{self._count}/")}
