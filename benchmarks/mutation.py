@@ -2,11 +2,12 @@
 
     taskset -c 1 python -m benchmarks.mutation [--module jdiff/sde.py] [--count 300] [--seed 0]
 
-Each module is tested by the one file of tests that mirrors it, with one minute of one core for a mutant from start to
-end. A mutant is killed where a test fails, where nothing can be imported, or where one test does not end; it survives
-where all tests pass or the minute is over. Results are appended to OUT/mutation.jsonl one line a mutant, and what is
-there is not run again (`--again` runs survivors again, after new tests); a table and the survivors are printed and
-written to OUT/mutation.json.
+Each module is tested by the file of tests that mirrors it (fixed-step solvers by those of their family and of all of
+them, `integrate_adaptive` by its two), with one minute of one core for a mutant from start to end. A mutant is killed
+where a test fails, where nothing can be imported, or where one test does not end; it survives where all tests pass or
+the minute is over. Results are appended to OUT/mutation.jsonl one line a mutant, and what is there is not run again
+(`--again` runs survivors again, after new tests); a table and the survivors are printed and written to
+OUT/mutation.json.
 
 Why not mutmut or cosmic-ray: both start an interpreter (and JAX) for each mutant, know no persistent compilation cache
 and mutate annotations and texts of errors. Here a parent that has imported JAX and the other packages, but not jdiff,
@@ -43,17 +44,25 @@ from benchmarks.faults import mutants
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LIMIT = 60  # seconds of the processor
-FIXED, ADAPTIVE = "tests/test_solvers_fixed.py", "tests/test_solvers_adaptive.py"
 MIRRORS = {
     **{f"jdiff/{name}.py": f"tests/test_{name}.py" for name in ("processes", "predictions", "sde", "losses")},
     **{f"jdiff/{name}.py": f"tests/test_{name}.py" for name in ("likelihood", "guidance", "training")},
     **{f"jdiff/checkpoint/{name}.py": "tests/test_checkpoint.py" for name in ("manager", "store", "_trees")},
     **{f"jdiff/times/{name}.py": "tests/test_times.py" for name in ("draws", "grids")},
-    **{f"jdiff/solvers/{name}.py": FIXED for name in ("base", "corrector", "exponential", "multistep", "ode")},
-    **{f"jdiff/solvers/{name}.py": FIXED for name in ("stochastic", "tableaus")},
-    **{f"jdiff/solvers/{name}.py": ADAPTIVE for name in ("adaptive", "interop")},
-    "jdiff/solvers/adaptive_sde.py": "tests/test_solvers_adaptive_sde.py",
-    "jdiff/solvers/brownian.py": "tests/test_solvers_brownian.py",
+    **{f"jdiff/solvers/{name}.py": f"tests/test_solvers_{name}.py" for name in ("adaptive_sde", "base", "brownian")},
+    **{
+        f"jdiff/solvers/{name}.py": f"tests/test_solvers_{family}.py tests/test_solvers_base.py"
+        for family, names in {
+            "corrector": ["corrector"],
+            "exponential": ["exponential"],
+            "multistep": ["multistep"],
+            "runge_kutta": ["ode", "tableaus"],
+            "stochastic": ["stochastic"],
+        }.items()
+        for name in names
+    },
+    "jdiff/solvers/adaptive.py": "tests/test_solvers_adaptive.py tests/test_solvers_adaptive_steps.py",
+    "jdiff/solvers/interop.py": "tests/test_solvers_interop.py",
 }
 # Imported once, by the parent. What makes arrays at its import is not here: that would start a backend before the fork.
 WARM = ("jax.numpy", "numpy", "pytest", "scipy.integrate", "scipy.optimize", "scipy.stats", "optax")
@@ -147,7 +156,7 @@ class Reporter:
 def run_tests(
     scratch: pathlib.Path, tests: str, order: dict, *, limit: int, names: Sequence[str] = (), fill: int = 0
 ) -> dict:
-    """Run one file of tests in a forked child; return how it ended and after how many seconds of the processor.
+    """Run the tests of a module in a forked child; return how it ended and after how many seconds of the processor.
 
     names: tests with one of these in them run first; fill: keep what is compiled, and stop after so many seconds.
     """
@@ -161,8 +170,9 @@ def run_tests(
             output = os.open(scratch / "child.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1), os.dup2(output, 2)
             resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))  # then SIGXCPU ends it
-            arguments = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow", "--tb=short", tests]
-            code = int(importlib.import_module("pytest").main(arguments, plugins=[Reporter(state, order, names, fill)]))
+            arguments = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow", "--tb=short"]
+            plugins = [Reporter(state, order, names, fill)]
+            code = int(importlib.import_module("pytest").main([*arguments, *tests.split()], plugins=plugins))
         except BaseException:
             traceback.print_exc()
             code = 99
@@ -252,9 +262,9 @@ def run(todo: list[dict], scratch: pathlib.Path, cache: pathlib.Path, limit: int
 
 def baseline(scratch: pathlib.Path, tests: str, cache: pathlib.Path, limit: int) -> dict[str, float]:
     """Return the seconds of each unmutated test, nothing compiled; fill the cache and check that they pass in order."""
-    sources = [scratch / tests, *sorted((scratch / "jdiff").rglob("*.py"))]
+    sources = [*(scratch / path for path in tests.split()), *sorted((scratch / "jdiff").rglob("*.py"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    held = cache / f"{pathlib.Path(tests).stem}.json"
+    held = cache / f"{'_'.join(pathlib.Path(path).stem for path in tests.split())}.json"
     before = json.loads(held.read_text()) if held.exists() else {"digest": None, "durations": {}}
     if before["digest"] == digest:
         return before["durations"]

@@ -7,8 +7,12 @@ its constructors append, as another witness than `jdiff.importers.score_sde_pyto
 import json
 import struct
 
+import jax
 import msgpack
+import nn_reference
 import numpy as np
+
+from jdiff.importers import score_sde
 
 
 def _pack_array(array, code=1):
@@ -151,3 +155,14 @@ def read_safetensors(file):
         name: np.frombuffer(data[slice(*entry["data_offsets"])], dtypes[entry["dtype"]]).reshape(entry["shape"])
         for name, entry in header.items()
     }
+
+
+def reference_of(module, image_size, channels=3):
+    """{reference's path: array} of a network, filled by the rule of the parity files."""
+    params = nn_reference.reference_params(module, image_size, channels)
+    return jax.device_get(score_sde.restore_names(params, module, image_size=image_size))
+
+
+def port_of(reference, image_size=16, levels=2, blocks=1, attention=(8,), prefix="module.", **kind):
+    modules = port_modules(height=image_size, levels=levels, blocks=blocks, attention=attention, **kind)
+    return port_tensors(reference, modules, prefix=prefix)

@@ -1,6 +1,6 @@
 """Orders of convergence, measured against exact flows and exact moments.
 
-A new solver is one new row of a table here, DETERMINISTIC or STOCHASTIC: test_solvers_fixed.py and test_mapping.py read
+A new solver is one new row of a table here, DETERMINISTIC or STOCHASTIC: test_solvers_base.py and test_mapping.py read
 them too.
 
 Everything runs in float64, in uniform steps of log(alpha/sigma) from -2 to 2.5, on every process of the library.

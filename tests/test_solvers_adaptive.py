@@ -1,8 +1,7 @@
-"""The adaptive integrator against SciPy, diffrax and exact flows, example by example; and the adapter to diffrax."""
+"""The adaptive integrator against SciPy and exact flows, each example by itself."""
 
 import functools
 
-import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,33 +82,6 @@ def test_steps_are_not_wasted(x64):
         assert np.max(np.abs(got.x[i] - want[i])) < np.max(np.abs(other.y[:, -1] - want[i]))
 
 
-def test_against_diffrax_on_a_mixture_flow(x64):
-    """The probability flow of a 2-D mixture: both solvers at a tight tolerance give one answer."""
-    process = processes.VP()
-    exact = analytic.gaussian_mixture(
-        process, jnp.array([0.4, 0.6]), jnp.array([[-1.0, 0.5], [0.8, -0.3]]), jnp.array([0.3, 0.2])
-    )
-    flow = sde.probability_flow(process, exact.score)
-    x = jnp.array(np.random.default_rng(2).normal(size=(5, 2)))
-    ends = {}
-    for name, solver in (("dormand_prince", diffrax.Dopri5()), ("tsitouras", diffrax.Tsit5())):
-        got = jax.jit(
-            lambda x, name=name: solvers.integrate_adaptive(
-                flow, x, 1.0, 1e-3, rtol=1e-10, atol=1e-10, tableau=TABLEAUS[name]
-            )
-        )(x)
-        term, control = solvers.to_diffrax(flow), diffrax.PIDController(rtol=1e-10, atol=1e-10)
-        other = jax.jit(
-            lambda x, solver=solver, term=term, control=control: diffrax.diffeqsolve(
-                term, solver, 1.0, 1e-3, None, x, stepsize_controller=control, max_steps=10000
-            ).ys[-1]
-        )(x)
-        np.testing.assert_allclose(got.x, other, atol=1e-8)
-        ends[name] = got.x
-        assert not np.any(got.failed)
-    np.testing.assert_allclose(ends["dormand_prince"], ends["tsitouras"], atol=1e-8)
-
-
 @pytest.mark.parametrize("process", [processes.VP(), processes.Rectified()], ids=["VP", "Rectified"])
 def test_against_the_exact_flow(process, x64):
     means = jnp.array([[-0.8], [0.9]])
@@ -156,72 +128,6 @@ def test_rejected_steps(x64):
     rejected = np.asarray((got.evaluations - 2) // 6 - got.accepted)
     assert np.all(rejected[[0, 2]] >= 2) and np.all(rejected[[1, 3]] == 0)
     same(got, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(run(x[i : i + 1]) for i in range(4))))
-
-
-def test_the_first_step_is_that_of_hairer(x64):
-    """Hairer, Norsett & Wanner 1993, section II.4, read off the times at which the drift is asked for."""
-    # x, slope k, its change m in time, and the end, from t = 0, of drifts k + m t; the last one is infinite for t > 0.
-    cases = np.array(
-        [
-            [1.0, 2.0, 0.0, 10.0],
-            [1.0, 0.001, 50.0, 1000.0],  # bent
-            [0.0, 1.0, 0.0, 10.0],  # from the origin: a millionth ahead, and a hundred times that at most
-            [1.0, 1e-9, 0.0, -10.0],  # nearly still
-            [1.0, 0.0, 0.0, 10.0],  # still
-            [1e6, 1.0, 0.0, 0.05],  # no further than the end
-            [1.0, 0.5, np.inf, 10.0],
-        ]
-    )
-    x, k, m, end = cases.T
-    asked = []
-
-    def drift(x, t):
-        jax.debug.callback(lambda t: asked.append(np.asarray(t)), t, ordered=True)
-        return (jnp.asarray(k) + jnp.where(t == 0, 0, m * t))[:, None]
-
-    ode, tableau = sde.SDE(drift), solvers.DORMAND_PRINCE
-    solvers.integrate_adaptive(ode, jnp.asarray(x)[:, None], 0.0, jnp.asarray(end), rtol=1e-30, atol=0.01, max_steps=1)
-    jax.effects_barrier()
-    size, speed, bend = np.abs(x) / 0.01, np.abs(k) / 0.01, np.abs(m) / 0.01
-    with np.errstate(divide="ignore"):
-        ahead = np.minimum(np.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed), np.abs(end))
-        largest = np.maximum(speed, bend)
-        length = (0.01 / largest) ** (1 / 5)
-    length = np.where((largest <= 1e-15) | np.isinf(largest), np.maximum(1e-6, ahead * 1e-3), length)
-    first = np.minimum(np.minimum(100 * ahead, length), np.abs(end))
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-12)
-    close(asked[0], np.zeros(len(x)))
-    close(asked[1], np.sign(end) * ahead)
-    close(asked[2], np.sign(end) * first * tableau.c[1])
-
-
-def test_steps_follow_their_errors(x64):
-    """Gustafsson 1991's control, literally: shrinks after refusals, and looks one error back after acceptance.
-
-    The drift is a function of time alone, so that the error of a step is a sum over the times that were asked for; 64
-    jumps, so dense that some errors lie just above one.
-    """
-    tableau, size, asked = solvers.DORMAND_PRINCE, np.geomspace(1e-3, 1e4, 64), []
-    slope = lambda t: 1 + t + size * (t > 0.05).astype(float)  # a jump within the first step
-
-    def drift(x, t):
-        jax.debug.callback(lambda t: asked.append(np.asarray(t)), t, ordered=True)
-        return slope(t)[:, None]
-
-    ode = sde.SDE(drift)
-    solvers.integrate_adaptive(ode, jnp.ones((64, 1)), 0.0, 100.0, rtol=1e-30, atol=0.01, max_steps=4)
-    jax.effects_barrier()
-    c, t, before, refused = np.array(tableau.c), np.zeros(64), np.ones(64), 0
-    h = asked[2] / c[1]
-    for n in range(4):
-        np.testing.assert_allclose(asked[2 + 6 * n], t + c[1] * h, rtol=1e-6)
-        error = np.maximum(np.abs(h * sum(e * slope(t + ci * h) for e, ci in zip(tableau.error, c))) / 0.01, 1e-8)
-        kept = error <= 1
-        grown = np.clip(0.9 * error**-0.14 * before**0.08, 0.2, 10)
-        shrunk = np.clip(0.9 * error**-0.2, 0.2, 0.9)
-        t, h = np.where(kept, t + h, t), h * np.where(kept, grown, shrunk)
-        before, refused = np.where(kept, np.maximum(error, 1e-4), before), refused + ~kept
-    assert refused.min() == 0 and refused.max() >= 2
 
 
 def test_times_per_example(x64):
@@ -462,56 +368,3 @@ def test_bad_input(arguments, error, match):
     arguments = dict(ode=PENDULUM, x=jnp.ones((3, 3)), t0=0.0, t1=1.0) | arguments
     with pytest.raises(error, match=match):
         solvers.integrate_adaptive(**arguments)
-
-
-# diffrax -------------------------------------------------------------------------------------------------------------
-
-
-ADJOINTS = {"checkpoint": diffrax.RecursiveCheckpointAdjoint(), "backsolve": diffrax.BacksolveAdjoint()}
-
-
-@pytest.mark.parametrize("adjoint", ADJOINTS)
-def test_diffrax_differentiates_our_ode_backwards(adjoint, x64):
-    """By the start and by a parameter, which the backsolve must find in diffrax's args."""
-
-    def ode(k):
-        return sde.SDE(lambda x, t: jnp.stack([x[:, 1], -k * jnp.sin(x[:, 0])], axis=1))
-
-    def backwards(x, k):
-        control = diffrax.PIDController(rtol=1e-9, atol=1e-9)
-        term = solvers.to_diffrax(ode if adjoint == "backsolve" else ode(k))
-        end = diffrax.diffeqsolve(
-            term, diffrax.Tsit5(), 0.0, 1.5, None, x, k, stepsize_controller=control, adjoint=ADJOINTS[adjoint]
-        )
-        return jnp.sum(end.ys[-1] ** 2)
-
-    def forwards(x, k):
-        return jnp.sum(solvers.integrate_adaptive(ode(k), x, 0.0, 1.5, rtol=1e-9, atol=1e-9).x ** 2)
-
-    at = jnp.array([[1.0, 0.3], [-0.4, 2.0]]), jnp.asarray(3.0)
-    got = jax.jit(jax.grad(backwards, argnums=(0, 1)))(*at)
-    want = jax.jit(jax.jacfwd(forwards, argnums=(0, 1)))(*at)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
-
-
-def test_diffrax_integrates_our_sde(x64):
-    """Euler in diffrax on one Brownian path is our euler_maruyama with the increments of that path."""
-    equation = sde.SDE(lambda x, t: -jnp.sin(x) * t[:, None], lambda x, t: 0.5 + 0.1 * x**2)
-    x, steps = jnp.array([[1.0, 0.3], [-0.4, 2.0]]), 8
-    path = diffrax.VirtualBrownianTree(0.0, 1.0, 1e-3, jax.ShapeDtypeStruct(x.shape, x.dtype), jax.random.key(3))
-    end = diffrax.diffeqsolve(
-        solvers.to_diffrax(equation, path), diffrax.Euler(), 0.0, 1.0, 1 / steps, x, adjoint=diffrax.DirectAdjoint()
-    )
-    noise = lambda keys, x, t, s: path.evaluate(t[0], s[0]) / jnp.sqrt(s[0] - t[0])
-    solver = solvers.euler_maruyama(equation, noise=noise)
-    got, _ = solvers.integrate(None, solver, x, jnp.linspace(0.0, 1.0, steps + 1))
-    np.testing.assert_allclose(got, end.ys[-1], atol=1e-10)
-
-
-def test_to_diffrax_wants_both_or_neither():
-    noisy = sde.SDE(pendulum, pendulum)
-    for arguments in ((noisy,), (PENDULUM, object())):
-        with pytest.raises(ValueError, match="belong together"):
-            solvers.to_diffrax(*arguments)
-    with pytest.raises(ValueError, match="belong together"):
-        solvers.to_diffrax(lambda args: noisy).vf(0.0, jnp.ones((3, 3)), None)

@@ -145,6 +145,21 @@ def test_failures(x64):
     assert bool(jnp.isfinite(got.x).all())
 
 
+def test_a_step_is_too_short_by_the_measure_of_its_time():
+    """float32 resolves times near 0 finely, and far from it coarsely: a stiff decay from t0 to t1, without noise."""
+
+    @jax.jit
+    def run(t0, t1):
+        equation = sde.SDE(lambda x, t: -x * 20 / (t1 - t0), lambda x, t: jnp.zeros_like(x))
+        return solvers.integrate_adaptive_sde(KEY, equation, jnp.ones((2, 2)), t0, t1, rtol=0.01, first_step=1e4)
+
+    for t0, t1 in ((1e-4, 2e-4), (2e-4, 1e-4), (1e3, 2e3)):
+        got = run(t0, t1)
+        # The first step, all of the way, is refused.
+        assert int(got.evaluations[0]) > 2 * int(got.accepted[0]) and not bool(got.failed.any())
+        np.testing.assert_allclose(got.x, np.exp(-20), atol=0.01)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
