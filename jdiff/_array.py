@@ -5,9 +5,9 @@ Every array has a leading batch axis. Times and coefficients are scalars or (bat
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -186,20 +186,25 @@ def flat(x: Array) -> Array:
     return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
+def add_up(terms: Iterable[Array]) -> Array:
+    """Return the sum of arrays, the first one first; Python's own starts from the integer 0."""
+    first, *rest = terms
+    return sum(rest, start=first)
+
+
 def lincomb(*terms: tuple[Array | float, PyTree]) -> PyTree:
     """Return sum_i c_i x_i for pairs (c_i, x_i) of scalar or (batch,) coefficients and states."""
     coefficients, states = zip(*terms)
 
     def leaf(*xs):
-        products = [expand(c, x) * x for c, x in zip(coefficients, xs)]
-        return sum(products[1:], start=products[0])
+        return add_up(expand(c, x) * x for c, x in zip(coefficients, xs))
 
     return jax.tree.map(leaf, *states)
 
 
 def zero_like_batch(x: PyTree, dtype: jnp.dtype) -> Array:
     """Return (batch,) zeros that vary over devices as any of the leaves does: carries of a loop begin with them."""
-    return functools.reduce(operator.add, (full_like_batch(leaf, 0).astype(dtype) for leaf in jax.tree.leaves(x)))
+    return add_up(full_like_batch(leaf, 0).astype(dtype) for leaf in jax.tree.leaves(x))
 
 
 def add_zero(x: PyTree, zero: Array) -> PyTree:
@@ -306,7 +311,7 @@ def check_grid(ts: Array, *, decreasing: bool | None = None) -> None:
         raise ValueError("ts must be strictly monotone and finite: repeated, reversed or non-finite times in it")
     if decreasing is not None and bool(steps[0] < 0) != decreasing:
         want, got = ("decrease", "increases") if decreasing else ("increase", "decreases")
-        raise ValueError(f"ts must {want} here, but it {got}: from {float(ts[0]):g} to {float(ts[-1]):g}")
+        raise ValueError(f"ts must {want} here, but it {got}: from {float(values[0]):g} to {float(values[-1]):g}")
 
 
 _THREEFRY = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32")).dtype

@@ -23,6 +23,7 @@ from jdiff import losses
 from jdiff._array import (
     call,
     check_array,
+    check_count,
     check_grid,
     check_per_example,
     coefficient_dtype,
@@ -110,11 +111,11 @@ def density_bound(
 
     Raises:
       ValueError: unknown kind, draws < 1, t_min outside (0, t_max), keys that do not fit.
-      TypeError: x not floating point, keys not typed threefry keys.
+      TypeError: x not floating point, draws no integer, keys not typed threefry keys.
     """
     check_kind(predict)
     keys = example_keys(key, check_array(x))
-    _check_draws(draws)
+    check_count(draws, "draws")
     start = _start(process, t_min)
     # t stays in float32 where x is not, for what is made of it here.
     eps_field = reparameterise(process, functools.partial(call, field), predict, "eps")
@@ -208,7 +209,7 @@ def level_bound(
     Raises:
       ValueError: unknown kind, variance or decoder, draws out of range, a grid that does not decrease
         from t_max or below to above 0.
-      TypeError: levels not integer, keys not typed threefry keys.
+      TypeError: levels not integer, draws no integer, keys not typed threefry keys.
     """
     check_kind(predict)
     if variance not in ("posterior", "forward"):
@@ -218,7 +219,7 @@ def level_bound(
     if decoder not in ("posterior", "cells"):
         raise ValueError(f"unknown decoder {decoder!r}; choose 'posterior' or 'cells'")
     if ts is None:
-        _check_draws(draws)
+        check_count(draws, "draws")
         start, end = _start(process, t_min), end_time(process)
     else:
         check_grid(ts, decreasing=True)
@@ -230,8 +231,10 @@ def level_bound(
             if not 0 < last < first <= process.t_max:
                 raise ValueError(f"ts must be in (0, {process.t_max}], got {first:g} to {last:g}")
         steps = ts.shape[0] - 1
-        if draws is not None and (not isinstance(draws, int) or not 1 <= draws <= steps):
-            raise ValueError(f"draws must be None or in 1 ... {steps}, the number of steps; got {draws}")
+        if draws is not None:
+            check_count(draws, "draws")
+            if draws > steps:
+                raise ValueError(f"draws must be None or in 1 ... {steps}, the number of steps; got {draws}")
         start, end = ts[-1], ts[0]
     x = transform.center(levels, dtype=dtype)
     keys, size, real = example_keys(key, x.shape[0]), event_size(x), coefficient_dtype(x)
@@ -341,11 +344,6 @@ def _x0_error(process, t, predict):
 
 def _per_example(log_prob, dtype):
     return lambda z: check_per_example(log_prob(z), len(z), "prior_log_prob").astype(dtype)
-
-
-def _check_draws(draws):
-    if not isinstance(draws, int) or draws < 1:
-        raise ValueError(f"draws must be an integer of at least 1, got {draws}")
 
 
 def _start(process, t_min):

@@ -80,6 +80,7 @@ def maximum_likelihood(
       TypeError: x not floating point or below float32, keys not typed threefry keys.
     """
     check_array(x)
+    x = jnp.asarray(x)
     if x.ndim < 2:
         raise ValueError(f"x must have shape (batch, *event), got {x.shape}")
     if jnp.finfo(x.dtype).bits < 32:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import check_key, is_concrete, select
+from jdiff._array import check_count, check_integers, check_key, is_concrete, select
 from jdiff._typing import Array, Key, PyTree
 
 __all__ = ["drop_condition", "with_null"]
@@ -28,15 +28,21 @@ def with_null(cond: PyTree, num_classes: int | None = None) -> tuple[PyTree, PyT
 
     Raises:
       ValueError: labels without num_classes.
+      TypeError: labels that are not integers, entries that are no arrays, num_classes is no integer.
     """
+    if num_classes is not None:
+        check_count(num_classes, "num_classes")
 
     def null_label(label):
         if num_classes is None:
             raise ValueError("the null label is num_classes: with_null(cond, num_classes)")
+        check_integers(label, "cond, or its label,")
         return jnp.full_like(label, num_classes)
 
     if not isinstance(cond, dict):
         return cond, null_label(cond)
+    if wrong := [name for name, value in cond.items() if not hasattr(value, "dtype")]:
+        raise TypeError(f"cond must hold arrays, got {type(cond[wrong[0]]).__name__} for {wrong[0]!r}")
     null = {name: null_label(value) if name == "label" else jnp.zeros_like(value) for name, value in cond.items()}
     if set(cond) <= {"label"}:
         return cond, null

@@ -8,9 +8,6 @@ formula). A guided x0-field is
 that is x_0 + sigma^2 / alpha grad log p(y | x_t), and the methods differ in what they take for Cov[y | x_t]. x0-fields
 go in and come out, since scores say nothing where alpha = 0; other kinds by `jdiff.reparameterise`. An evaluation is
 one forward pass and one linearisation of the field.
-
-When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
-TypeError for states, times or numbers of another kind than they must be.
 """
 
 from __future__ import annotations
@@ -192,6 +189,9 @@ def dps_sampler(
       scale: scalar or (batch,).
       eta: stochasticity, as in `jdiff.solvers.ddim`.
       noise: where unit normals come from.
+
+    Raises:
+      ValueError: y of another shape than a measured batch, when the solver steps.
     """
 
     def step(keys, state, t, s):
@@ -236,6 +236,6 @@ def _residual(measure, y, x0):
     measured, back = jax.vjp(measure, x0)
     check_array(measured, "what measure returns")
     check_real(y, "y")
-    if y.shape != measured.shape:
-        raise ValueError(f"y must have the shape of a measured batch, {measured.shape}; got {y.shape}")
+    if jnp.shape(y) != measured.shape:
+        raise ValueError(f"y must have the shape of a measured batch, {measured.shape}; got {jnp.shape(y)}")
     return y.astype(measured.dtype) - measured, lambda u: back(u)[0]

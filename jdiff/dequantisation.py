@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jdiff._array import batch_time, check_array, check_positive, event_size, example_keys, expand, sum_event
 from jdiff._typing import Array, Key, Process
 from jdiff.processes import time_at
-from jdiff.transforms import DataTransform, size_of
+from jdiff.transforms import DataTransform, check_images, size_of
 
 __all__ = ["Dequantised", "importance_weighted", "level_bits", "start_time", "truncated_normal", "uniform"]
 
@@ -42,6 +42,7 @@ def uniform(key: Key, transform: DataTransform, levels: Array, *, dtype: DTypeLi
 
     Theis et al. 2016 (arXiv 1511.01844), section 3.1. Arguments and errors as in `DataTransform.dequantise`.
     """
+    check_images(levels, transform.levels, "levels")
     x = transform.forward(transform.dequantise(key, levels, dtype=dtype))
     return Dequantised(x, -transform.log_det_at(x))
 
@@ -73,6 +74,7 @@ def truncated_normal(
       TypeError: levels not integer, or keys not typed threefry keys.
       ValueError: no batch axis, another number of keys, levels below 2.
     """
+    check_images(levels, transform.levels, "levels")
     center = transform.center(levels, dtype=dtype)
     keys = example_keys(key, center.shape[0])
     alpha, sigma = process.marginal(batch_time(t, center))

@@ -1,8 +1,4 @@
-"""Control of the state: parts of x_t replaced on the way, starts from a given x_0, changes in the flow's latent.
-
-When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
-TypeError for states, times or numbers of another kind than they must be.
-"""
+"""Control of the state: parts of x_t replaced on the way, starts from a given x_0, changes in the flow's latent."""
 
 from __future__ import annotations
 
@@ -123,8 +119,8 @@ def repaint(
     check_array(y, "y")
     if len(y) != len(x):
         raise ValueError(f"y must have the batch of x, {len(x)}, got shape {y.shape}")
-    std = scalars(std, x, "std")
     down = replacement(process, solver, operator, y, std, noise=noise).step
+    std = jnp.asarray(std, coefficient_dtype(x))
 
     def back(keys, state, s, t):
         (alpha_s, sigma_s), (alpha_t, sigma_t) = (process.marginal(batch_time(u, x)) for u in (s, t))
@@ -233,6 +229,7 @@ def slerp(a: Array, b: Array, weight: Array | float) -> Array:
 def _replacing(process, operator, y, std, noise):
     """(keys, x, s) -> x with its measured part replaced."""
     check_array(y, "y")
+    std = scalars(std, y, "std")
     gram = diagonal(operator, y)
 
     def put(keys, x, s):
@@ -241,7 +238,7 @@ def _replacing(process, operator, y, std, noise):
         measured = operator.forward(x)
         check_like(y, measured, "y", "a measured batch")
         alpha, sigma = (expand(c, y) for c in process.marginal(s))
-        variance = sigma**2 * gram - (alpha * expand(scalars(std, x, "std"), y)) ** 2
+        variance = sigma**2 * gram - (alpha * expand(std, y)) ** 2
         known = (variance >= 0) & (gram > 0)
         z = noise(keys, y, s, s)
         target = alpha * y + jnp.sqrt(jnp.where(known, variance, 0)) * z

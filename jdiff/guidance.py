@@ -8,9 +8,6 @@ so that scale 1 is the stronger one. Linear combinations commute with the affine
 (`jdiff.predictions`): the fields may be of any one kind, of any process. At other scales than 1 the guided field is not
 the score of any diffused density (Bradley & Nakkiran 2024, arXiv 2408.09000): docs/guidance.md says what a solver then
 samples. What guidance does to x_0 is in `jdiff.saturation`.
-
-When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
-TypeError for states, times or numbers of another kind than they must be.
 """
 
 from __future__ import annotations

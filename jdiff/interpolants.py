@@ -4,9 +4,6 @@ Stochastic interpolants, Albergo, Boffi & Vanden-Eijnden 2023 (arXiv 2303.08797)
 t = 0, x1 at t = 1. Two conditional means are learned by regression, the velocity E[a' x0 + b' x1 + gamma' z | x_t] and
 the noise E[z | x_t]; the first transports one end to the other, both together make SDEs with the same marginals. The
 Gaussian processes are the one-sided case, b = 0.
-
-When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
-TypeError for states, times or numbers of another kind than they must be.
 """
 
 from __future__ import annotations

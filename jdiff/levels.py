@@ -11,9 +11,6 @@ of each pixel does not know. Discrete targets for a continuous diffusion: Dielem
 section 3; the cells are ours.
 
 A cell may hold several neighbouring levels (`merged_levels`): the model is then uniform inside it, and cheaper.
-
-When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
-TypeError for states, times or numbers of another kind than they must be.
 """
 
 from __future__ import annotations
@@ -62,12 +59,16 @@ def level_field(
 
     Raises:
       ValueError: unknown kind, low >= high, or a prior or edges that do not fit x.
+      TypeError: log_prior not floating point.
     """
     check_kind(predict)
     if not -math.inf < low < high < math.inf:
         raise ValueError(f"low must be below high, both finite; got {low} and {high}")
-    if not hasattr(log_prior, "dtype") or log_prior.ndim < 1:
-        raise ValueError(f"log_prior must be an array of shape (*event, levels), got {log_prior!r}")
+    dtype = getattr(log_prior, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"log_prior must be floating point, got {dtype or type(log_prior).__name__}")
+    if log_prior.ndim < 1:
+        raise ValueError("log_prior must be an array of shape (*event, levels), got a scalar")
     levels = log_prior.shape[-1]
     if edges is not None and edges.shape != (levels + 1,):
         raise ValueError(f"edges must have shape ({levels + 1},), one more than levels, got {edges.shape}")

@@ -71,12 +71,21 @@ def mask(known: Array, shape: tuple[int, ...]) -> LinearOperator:
       shape: of one example.
 
     Raises:
-      ValueError: a mask that does not fit the shape.
+      ValueError: a mask that does not fit the shape or, when it is used, the batch.
+      TypeError: complex numbers.
     """
     found = np.shape(known) if hasattr(known, "dtype") else None
     if found is None or len(found) != len(shape) + 1 or any(m not in (1, n) for m, n in zip(found[1:], shape)):
         raise ValueError(f"known, a mask for examples {tuple(shape)}, needs a batch axis and that shape, got {found}")
-    return linear(lambda x: known.astype(x.dtype) * x, shape, diagonal=known)
+
+    _check_reals(known, "known")
+
+    def forward(x):
+        if known.shape[0] not in (1, len(x)):
+            raise ValueError(f"known must have one mask or one for each of {len(x)} examples, got {known.shape[0]}")
+        return known.astype(x.dtype) * x
+
+    return linear(forward, shape, diagonal=known)
 
 
 def grey(shape: tuple[int, ...], weights: tuple[float, ...] = (0.299, 0.587, 0.114)) -> LinearOperator:
@@ -126,6 +135,7 @@ def blur(
     Raises:
       ValueError: examples that are not (height, width, channels), a kernel without a middle or larger than the image,
         unknown boundary.
+      TypeError: complex numbers.
     """
     height, width, _ = _image(shape)
     modes = {"reflect": "reflect", "edge": "edge", "wrap": "wrap", "zero": "constant"}
@@ -133,6 +143,7 @@ def blur(
         raise ValueError(f"unknown boundary {boundary!r}; choose one of {', '.join(modes)}")
     if getattr(kernel, "ndim", 0) != 2 or not all(n % 2 and n // 2 < m for n, m in zip(kernel.shape, (height, width))):
         raise ValueError(f"the kernel must have two odd sides that fit {height}x{width}, got shape {np.shape(kernel)}")
+    _check_reals(kernel, "kernel")
     pad = [(0, 0), *((n // 2, n // 2) for n in kernel.shape), (0, 0)]
 
     def forward(x):
@@ -145,6 +156,11 @@ def blur(
         return jnp.moveaxis(out.reshape(*padded.shape[:2], height, width), 1, -1)
 
     return linear(forward, shape)
+
+
+def _check_reals(value, name):
+    if not any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+        raise TypeError(f"{name} must be of real numbers, got {value.dtype}")
 
 
 def gaussian_kernel(std: float, radius: int) -> Array:

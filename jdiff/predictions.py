@@ -3,9 +3,6 @@
 Every prediction is a x_0 + b eps with scalars (a, b) of t: x0 (1, 0), eps (0, 1), v (-sigma, alpha), score (0,
 -1/sigma), velocity (alpha', sigma'). Together with x_t = alpha x_0 + sigma eps that makes all conversions one 2x2
 inverse.
-
-When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
-TypeError for states, times or numbers of another kind than they must be.
 """
 
 from __future__ import annotations

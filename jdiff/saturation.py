@@ -2,9 +2,6 @@
 
 Both act on x_0, whatever the field's kind: x_0 = p x + q prediction (`jdiff.predictions.conversion`), and what is added
 to x_0 is added to the prediction in proportion. Neither is linear, so neither commutes with the conversions.
-
-When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
-TypeError for states, times or numbers of another kind than they must be.
 """
 
 from __future__ import annotations

@@ -2,9 +2,6 @@
 
 dx = drift(x, t) dt + diffusion(x, t) dw with diagonal noise. Time runs from data to noise; sampling integrates with
 decreasing t, where dt is negative and the noise has variance |dt|.
-
-When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
-TypeError for states, times or numbers of another kind than they must be.
 """
 
 from __future__ import annotations

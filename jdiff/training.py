@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jdiff._array import check_count, check_integers, check_positive
+from jdiff._array import check_count, check_integers, check_key, check_positive
 from jdiff._typing import PyTree
 
 __all__ = [
@@ -48,7 +48,13 @@ def init_state(params: PyTree, tx: optax.GradientTransformation) -> TrainState:
 
     Every leaf is a fresh buffer, so that donating the state neither deletes the caller's `params` nor donates one
     buffer twice. May be called under `jax.eval_shape` to plan a state without allocating it.
+
+    Raises:
+        TypeError: a leaf of `params` is no array.
     """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(f"params must be arrays, got {type(leaf).__name__} at {jax.tree_util.keystr(path)!r}")
     copy = lambda tree: jax.tree.map(jnp.copy, tree)
     ema = jax.tree.map(lambda leaf: jnp.array(leaf, dtype=_wide(leaf.dtype)), params)
     return TrainState(jnp.zeros((), jnp.int32), copy(params), ema, copy(tx.init(params)))
@@ -72,13 +78,7 @@ def example_keys(key: jax.Array, step: jax.Array | int, index: jax.Array) -> jax
         TypeError: `key` is no single typed threefry key, or `index` no integers.
         ValueError: `index` is not of shape (batch,).
     """
-    dtype = getattr(key, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        raise TypeError(f"key must be a typed key from jax.random.key, got {dtype or type(key).__name__}")
-    if "threefry2x32" not in str(jax.random.key_impl(key)):
-        raise TypeError(f"key must be a threefry2x32 key, got {jax.random.key_impl(key)}")
-    if key.shape:
-        raise TypeError(f"key must be one key, got shape {key.shape}")
+    _check_one(key)
     check_integers(index, "index")
     if index.ndim != 1:
         raise ValueError(f"index must have shape (batch,), got {index.shape}")
@@ -89,8 +89,17 @@ def shared_key(key: jax.Array, step: jax.Array | int) -> jax.Array:
     """One key for the whole global batch of a step, the same on every device: for stratified times and the like.
 
     `fold_in(fold_in(key, step), 2^32 - 1)`: no example has that index, so it is none of `example_keys`.
+
+    Raises:
+        TypeError: `key` is no single typed threefry key.
     """
+    _check_one(key)
     return jax.random.fold_in(jax.random.fold_in(key, step), jnp.uint32(2**32 - 1))
+
+
+def _check_one(key):
+    if check_key(key).shape:
+        raise TypeError(f"key must be one key, got shape {key.shape}")
 
 
 def make_train_step(

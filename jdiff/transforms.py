@@ -169,13 +169,20 @@ class DataTransform:
 
     def _check(self, x: Array) -> int:
         _check_levels(self.levels)
-        dtype = getattr(x, "dtype", None)
-        if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
-            got = type(x).__name__ if dtype is None else f"dtype {dtype}"
-            raise TypeError(f"x must hold integer levels 0 to {self.levels - 1}, got {got}")
-        if jnp.ndim(x) < 1:
-            raise ValueError("x needs a leading batch axis, got a scalar")
-        return jnp.shape(x)[0]
+        return check_images(x, self.levels, "x")
+
+
+def check_images(x: Array, levels: int, name: str) -> int:
+    """Return the batch size of integer images; raise TypeError or ValueError, by their name, for what is none."""
+    dtype = getattr(x, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        got = type(x).__name__ if dtype is None else f"dtype {dtype}"
+        raise TypeError(f"{name} must hold integer levels 0 to {levels - 1}, got {got}")
+    if jnp.ndim(x) < 1:
+        raise ValueError(f"{name} must have a leading batch axis, got a scalar")
+    if 0 in jnp.shape(x)[1:]:
+        raise ValueError(f"{name} must have entries in each example, got shape {jnp.shape(x)}")
+    return jnp.shape(x)[0]
 
 
 def bits_per_dim(log_prob: Array, transform: DataTransform, event_shape: Sequence[int]) -> Array:

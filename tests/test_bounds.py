@@ -320,14 +320,12 @@ def test_bad_arguments():
     level = lambda k=k, **more: bounds.level_bound(key, process, data.score, k, LEVELS, **more)
     for call, match in [
         (lambda: density(draws=0), "draws"),
-        (lambda: density(draws=None), "draws"),
         (lambda: density(t_min=0.0), "t_min"),
         (lambda: density(t_min=1.0), "t_min"),
         (lambda: density(predict="noise"), "kind"),
         (lambda: level(variance="both", ts=ts), "variance"),
         (lambda: level(variance="forward"), "ancestral"),
         (lambda: level(decoder="none"), "decoder"),
-        (lambda: level(draws=None), "draws"),
         (lambda: level(draws=3, ts=ts), "draws"),
         (lambda: level(draws=2, ts=ts[::-1]), "decrease"),
         (lambda: level(draws=2, ts=ts, t_min=0.1), "t_min"),
@@ -335,6 +333,9 @@ def test_bad_arguments():
     ]:
         with pytest.raises(ValueError, match=match):
             call()
+    for call in (density, level):
+        with pytest.raises(TypeError, match="draws must be an integer"):
+            call(draws=None)
     with pytest.raises(TypeError, match="integer"):
         level(x)
     with pytest.raises(TypeError, match="typed key"):

@@ -211,7 +211,7 @@ def _without(name):
         ),
         (TRANSFORMER, COND | {"present": jnp.ones(4)}, TypeError, r"cond\['present'\] must be bool of shape \(4,\)"),
         (nn.WideResNet(LEVEL, 3), {"vector": COND["vector"]}, ValueError, "cond has vector; the network takes nothing"),
-        (UNET.copy(vector_size=0), None, ValueError, "vector_size must be None or at least 1, got 0"),
+        (UNET.copy(vector_size=0), None, ValueError, "vector_size must be at least 1, got 0"),
         (UNET.copy(timed=False, num_classes=None), None, ValueError, "sees no vectors: drop vector_size"),
     ],
 )

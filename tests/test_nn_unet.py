@@ -170,7 +170,7 @@ def test_attributes_of_a_size_can_be_changed():
         (ValueError, r"\(batch, height, width, channels\)", {}, {"x": (4, 8, 8)}),
         (ValueError, r"t must have shape \(4,\)", {}, {"t": ()}),
         (ValueError, r"t must have shape \(4,\)", {}, {"t": (1,)}),
-        (TypeError, "floating array, got int32", {}, {"x_dtype": jnp.int32}),
+        (TypeError, "x must be floating point, got dtype int32", {}, {"x_dtype": jnp.int32}),
         (TypeError, "floating", {}, {"t_dtype": jnp.int32}),
         (ValueError, "without labels", {}, {"cond": (4,)}),
         (ValueError, r"cond must have shape \(4,\)", {"num_classes": 3}, {"cond": (4, 1)}),

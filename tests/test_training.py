@@ -238,7 +238,7 @@ def test_the_step_leaves_the_host_alone(problem):
     ("key", "batch", "loss", "error", "match"),
     [
         (jax.random.PRNGKey(0), {}, None, TypeError, "typed key"),
-        (jax.random.key(0, impl="rbg"), {}, None, TypeError, "threefry2x32 key, got"),
+        (jax.random.key(0, impl="rbg"), {}, None, TypeError, "threefry key"),
         (jax.random.split(KEY, 2), {}, None, TypeError, r"one key, got shape \(2,\)"),
         (KEY, {"index": np.arange(2.0)}, None, TypeError, "integers, got float32"),
         (KEY, {"index": np.zeros((2, 1), int)}, None, ValueError, r"shape \(batch,\), got \(2, 1\)"),

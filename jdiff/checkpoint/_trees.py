@@ -31,6 +31,8 @@ def flatten(name, tree):
         # Orbax joins the parts by dots: {"a.b": x, "a": {"b": y}} would be one name.
         if text.replace("/", ".") in names:
             raise ValueError(f"two leaves of {name} have the path {text!r}")
+        if any(other in leaves for other in itertools.accumulate(text.split("/")[:-1], "{}/{}".format)):
+            raise ValueError(f"{name}/{text} lies below another leaf")
         names.add(text.replace("/", "."))
         leaves[text] = leaf
     return leaves
@@ -104,10 +106,18 @@ def placements(tree, leaves, sharding):
     else:
         spread = lambda place, part: jax.tree.map(lambda _: place, part)
         is_leaf = lambda node: isinstance(node, Sharding)
-        places = jax.tree.leaves(jax.tree.map(spread, sharding, tree, is_leaf=is_leaf), is_leaf=is_leaf)
-    for place, leaf in zip(places, leaves.values(), strict=True):
+        if not all(map(is_leaf, jax.tree.leaves(sharding, is_leaf=is_leaf))):
+            raise TypeError(f"sharding must be made of jax.sharding.Sharding, got {sharding!r}")
+        try:
+            places = jax.tree.leaves(jax.tree.map(spread, sharding, tree, is_leaf=is_leaf), is_leaf=is_leaf)
+        except ValueError as error:
+            raise ValueError(f"sharding must be a prefix of the item: {error}") from error
+    for place, (path, leaf) in zip(places, leaves.items(), strict=True):
         if place is not None:
-            place.shard_shape(tuple(leaf.shape))
+            try:
+                place.shard_shape(tuple(leaf.shape))
+            except ValueError as error:
+                raise ValueError(f"sharding does not fit {path} of shape {tuple(leaf.shape)}: {error}") from error
     return dict(zip(leaves, places, strict=True))
 
 

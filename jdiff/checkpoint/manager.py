@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import itertools
-import operator
+import os
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from jdiff._array import check_count
 from jdiff.checkpoint._together import Barrier, OtherProcessError, agreed
 
 __all__ = [
@@ -150,7 +151,7 @@ class Manager(ocp.CheckpointManager):
                     left.rmtree(missing_ok=True)
 
 
-def open_manager(directory: str, *, keep: int = 3, every: int = 1, read_only: bool = False) -> Manager:
+def open_manager(directory: str | os.PathLike, *, keep: int = 3, every: int = 1, read_only: bool = False) -> Manager:
     """Open a directory of checkpoints, one folder a step, and create it unless `read_only`.
 
     A save that was cut short leaves a folder `<step>.orbax-checkpoint-tmp`, which no step is ever restored from.
@@ -162,13 +163,17 @@ def open_manager(directory: str, *, keep: int = 3, every: int = 1, read_only: bo
         read_only: for evaluation, next to a run that is writing: creates nothing, deletes nothing.
 
     Raises:
-        ValueError: `keep` or `every` below 1.
+        ValueError: `keep` or `every` below 1, an empty `directory`.
+        TypeError: `directory` is no path, `keep` or `every` no integer.
         NoCheckpointError: `read_only` and there is no such directory.
         OSError: the directory cannot be created.
     """
-    for name, value in {"keep": keep, "every": every}.items():
-        if operator.index(value) < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_count(keep, "keep")
+    check_count(every, "every")
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(f"directory must be a path, got {directory!r}")
+    if not os.fspath(directory):
+        raise ValueError("directory must not be empty: it would be the current one")
     path = epath.Path(directory)
     if "://" not in str(path):  # pathlib would put the working directory before a URL
         path = path.expanduser().absolute()

@@ -1,6 +1,6 @@
 """Checkpoints that are what was saved, or an error: every array has a digest that is checked when it is read."""
 
-import operator
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
+from jdiff._array import check_count
 from jdiff.checkpoint import _trees
 from jdiff.checkpoint._together import agreed
 from jdiff.checkpoint.manager import (
@@ -50,12 +51,16 @@ def save(manager: Manager, step: int, items: Mapping[str, Any], *, force: bool =
     Raises:
         ValueError: `items["step"]` is another number; the directory holds this step or newer ones that this manager
             has neither saved nor found damaged (training from an older state into a directory of a longer run would
-            bury them); `data` or `meta` differ between processes.
-        TypeError: a leaf that is no numeric array, or `data` or `meta` that JSON cannot hold.
+            bury them); a name that is no word, `step` below 0; `data` or `meta` differ between processes.
+        TypeError: a leaf that is no numeric array, `data` or `meta` that JSON cannot hold, a `meta` that is no object,
+            a `step` that is no integer, `items` that are no mapping, another manager.
         SaveError: the files could not be written, of this step or, in the background, of the one before. It may be
             tried again.
     """
-    step = operator.index(step)
+    _check_manager(manager)
+    check_count(step, "step", 0)
+    step = int(step)
+    _check_names(items, "items")
     if manager.read_only:
         raise ValueError(f"{manager.directory} was opened read_only")
     if not force and step % manager.every:
@@ -63,8 +68,10 @@ def save(manager: Manager, step: int, items: Mapping[str, Any], *, force: bool =
     held = manager.all_steps()
     if step in held and step in manager.trusted:
         return False
-    if "step" in items and int(items["step"]) != step:
-        raise ValueError(f'items["step"] is {int(items["step"])}, but the step to save is {step}')
+    if "step" in items:
+        check_count(items["step"], 'items["step"]', 0)
+        if int(items["step"]) != step:
+            raise ValueError(f'items["step"] is {int(items["step"])}, but the step to save is {step}')
     newer = [other for other in held if other >= step and other not in manager.damaged]
     if newer:
         raise ValueError(
@@ -131,7 +138,13 @@ def restore(
         DamagedCheckpointError: that step is damaged, or all are.
         ValueError: the checkpoint is whole but another: items, leaves, shapes, dtypes or `meta` differ (each is
             named), or a shape that the sharding does not divide.
+        TypeError: `like` is no mapping or a leaf of it has no shape and dtype, `sharding` is none, `step` no integer,
+            another manager.
     """
+    _check_manager(manager)
+    _check_names(like, "like")
+    if step is not None:
+        check_count(step, "step", 0)
     manager.wait_until_finished()
     manager.reload()
     steps = sorted(manager.all_steps(), reverse=True)
@@ -153,6 +166,22 @@ def restore(
             warnings.warn(f"{fault}; restored step {candidate} instead", DamagedCheckpointWarning, stacklevel=2)
         return restored
     raise DamagedCheckpointError("every checkpoint is damaged: " + "; ".join(faults))
+
+
+def _check_manager(manager):
+    if not isinstance(manager, Manager):
+        raise TypeError(f"manager must be what open_manager returns, got {type(manager).__name__}")
+
+
+def _check_names(items, what):
+    """Items are folders: their names are words."""
+    if not isinstance(items, Mapping):
+        raise TypeError(f"{what} must map names to items, got {type(items).__name__}")
+    for name in items:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
+            raise ValueError(f"{what} must have words for names, got {name!r}")
+    if not isinstance(items.get("meta"), Mapping | None):
+        raise TypeError(f"meta must be a JSON object, got {type(items['meta']).__name__}")
 
 
 def _restore_step(manager, step, like, sharding):

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jdiff._array import check_count
 from jdiff.data.optional import require
 from jdiff.data.sources import Source
 
@@ -45,12 +46,15 @@ def batches(
       also under another number of processes.
 
     Raises:
-      ValueError: an empty source, a batch size that is not positive or no multiple of ``process_count``, a bad index or
-        seed.
+      ValueError: an empty source, a batch size that is not positive or no multiple of ``process_count``, a bad index,
+        seed or number of threads.
+      TypeError: another source, a number that is no integer.
       ImportError: Grain is not installed.
     """
     share = _share(source, batch_size, process_index, process_count)
-    if not 0 <= seed < 2**32:
+    for name, value, least in (("threads", threads, 0), ("prefetch", prefetch, 0), ("seed", seed, 0)):
+        check_count(value, name, least)
+    if seed >= 2**32:
         raise ValueError(f"seed must be in [0, 2**32), got {seed}")
     grain = require("grain")
     index = np.arange(process_index * share, (process_index + 1) * share, dtype=np.int32)
@@ -58,8 +62,9 @@ def batches(
     positions = grain.MapDataset.range(len(source)).seed(seed)
     if shuffle:
         positions = positions.shuffle()
-    # Local batch b * P + p of the endless sequence is part p of global batch b.
-    local = positions.repeat().batch(share)[process_index::process_count]
+    # Local batch b * P + p of the endless sequence is part p of global batch b. Nothing remains to be dropped: it makes
+    # Grain count batches by integers, and not by floats, which overflow for batches of one.
+    local = positions.repeat().batch(share, drop_remainder=True)[process_index::process_count]
     dataset = local.map(lambda chosen: source.read(np.asarray(chosen)) | {"index": index})
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)))
 
@@ -86,10 +91,12 @@ def evaluation_batches(
     Raises:
       ValueError: an empty source, a batch size that is not positive or no multiple of ``process_count``, a bad index or
         start; raised at the call, before the first batch.
+      TypeError: another source, a number that is no integer.
     """
     share = _share(source, batch_size, process_index, process_count)
     total = -(-len(source) // batch_size)
-    if not 0 <= start <= total:
+    check_count(start, "start", 0)
+    if start > total:
         raise ValueError(f"start must be in [0, {total}], the number of batches, got {start}")
 
     def generate() -> Iterator[dict[str, np.ndarray]]:
@@ -102,11 +109,14 @@ def evaluation_batches(
 
 
 def _share(source: Source, batch_size: int, process_index: int, process_count: int) -> int:
+    if not isinstance(source, Source):
+        raise TypeError(f"source must be a Source, got {type(source).__name__}")
     if len(source) == 0:
         raise ValueError(f"{source.name}/{source.split} is empty: no batch can be drawn from it")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if process_count < 1 or not 0 <= process_index < process_count:
+    check_count(batch_size, "batch_size")
+    check_count(process_count, "process_count")
+    check_count(process_index, "process_index", 0)
+    if process_index >= process_count:
         raise ValueError(f"process_index must be in [0, process_count), got {process_index} of {process_count}")
     if batch_size % process_count:
         raise ValueError(f"batch_size {batch_size} is not a multiple of the {process_count} processes")

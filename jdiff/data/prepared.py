@@ -23,7 +23,13 @@ _DIGITS_VERSION = "1.0.0"
 
 
 def data_directory(data_dir: str | os.PathLike | None = None) -> str:
-    """Where the datasets are: the argument, else ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``, TFDS's own."""
+    """Where the datasets are: the argument, else ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``, TFDS's own.
+
+    Raises:
+      TypeError: data_dir is no path.
+    """
+    if not isinstance(data_dir, str | os.PathLike | None):
+        raise TypeError(f"data_dir must be a path or None, got {data_dir!r}")
     return os.path.expanduser(os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
 
 
@@ -44,10 +50,14 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
 
     Raises:
       FileNotFoundError: not prepared in the data directory; the message names it and the command that prepares it.
-      ValueError: no such split, an empty split, images of varying size, a file format without random access.
+      ValueError: a name that is none, no such split, an empty split, images of varying size, a file format without
+        random access.
+      TypeError: name or split are no strings, data_dir is no path.
       ImportError: TensorFlow Datasets is not installed.
     """
     parts = _parse(name)
+    if not isinstance(split, str):
+        raise TypeError(f"split must be a string such as 'train' or 'train[:90%]', got {split!r}")
     tfds = require("tensorflow_datasets")
     directory = _find(name, parts, data_dir)
     builder = tfds.builder_from_directory(directory)
@@ -100,6 +110,8 @@ def prepare(name: str, *, data_dir: str | os.PathLike | None = None) -> str:
       The directory of the prepared dataset.
 
     Raises:
+      ValueError: a name that is none.
+      TypeError: name is no string, data_dir no path.
       ImportError: TensorFlow Datasets, or a package that the preparation of this dataset needs, is not installed.
       PermissionError: the data directory cannot be written.
     """
@@ -119,9 +131,11 @@ def prepare(name: str, *, data_dir: str | os.PathLike | None = None) -> str:
 
 
 def _parse(name: str) -> dict[str, str | None]:
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, got {name!r}")
     match = _NAME.fullmatch(name)
     if match is None:
-        raise ValueError(f"a dataset is named as name, name/config or name/config:1.0.0, got {name!r}")
+        raise ValueError(f"name must be as name, name/config or name/config:1.0.0, got {name!r}")
     return match.groupdict()
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from jdiff._array import check_count
+
 __all__ = ["Source", "from_arrays"]
 
 
@@ -33,7 +35,13 @@ class Source:
         return self.size
 
     def __getitem__(self, position: int) -> dict[str, np.ndarray]:
-        """One example, without a batch axis."""
+        """One example, without a batch axis.
+
+        Raises:
+          IndexError: there is none at this position.
+          TypeError: position is no integer.
+        """
+        check_count(position, "position", -(2**63))
         if not -self.size <= position < self.size:
             raise IndexError(f"position {position} in {self.name}/{self.split} of {self.size} examples")
         return {name: array[0] for name, array in self.read(np.asarray([position % self.size])).items()}
@@ -68,11 +76,11 @@ def from_arrays(
       split: a name for messages.
 
     Raises:
-      ValueError: an empty set, NaN, a level or label out of range, shapes that do not fit.
-      TypeError: images or labels that are not integers.
+      ValueError: an empty set, NaN, a level or label out of range, shapes that do not fit, too few levels or classes.
+      TypeError: images, labels, levels or classes that are not integers.
     """
-    image = np.asarray(image)
     where = f"{name}/{split}"
+    image = _array(image, f"images of {where}")
     if image.ndim != 4:
         raise ValueError(f"images of {where} must have shape (N, H, W, C), got {image.shape}")
     if image.size == 0:
@@ -82,14 +90,15 @@ def from_arrays(
             first = int(np.argmax(np.isnan(image).any(axis=(1, 2, 3))))
             raise ValueError(f"image {first} of {where} contains NaN")
         raise TypeError(f"images of {where} must hold integer levels, got {image.dtype}; round them to levels first")
-    if not isinstance(levels, int) or levels < 2:
-        raise ValueError(f"levels must be an integer of at least 2, got {levels!r}")
+    check_count(levels, "levels", 2)
+    if classes is not None:
+        check_count(classes, "classes")
     low, high = int(image.min()), int(image.max())
     if low < 0 or high >= levels:
         raise ValueError(f"images of {where} hold levels {low} to {high}, levels={levels} allows 0 to {levels - 1}")
     arrays = {"image": image}
     if label is not None:
-        label = np.asarray(label)
+        label = _array(label, f"labels of {where}")
         if label.shape != image.shape[:1]:
             raise ValueError(f"labels of {where} must have shape {image.shape[:1]}, got {label.shape}")
         if not np.issubdtype(label.dtype, np.integer):
@@ -108,6 +117,14 @@ def from_arrays(
         classes=classes,
         read=lambda positions: _gather(arrays, positions),
     )
+
+
+def _array(values: Any, what: str) -> np.ndarray:
+    """As an array; NumPy does not say what it is that has rows of different lengths."""
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{what} must be an array: {error}") from error
 
 
 def _gather(arrays: Mapping[str, np.ndarray], positions: np.ndarray) -> dict[str, np.ndarray]:

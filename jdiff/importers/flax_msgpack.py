@@ -37,8 +37,11 @@ def read(path: str | os.PathLike) -> tuple[int, dict[str, np.ndarray]]:
     Raises:
         ValueError: anything but such a file: cut short, bytes left over, repeated keys or ones that are no strings,
             unknown types, lengths that disagree, values that are not finite. File, fault and byte are named.
+        TypeError: `path` is no path (a number would be a file that is open already).
         OSError: the file cannot be read.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be a path, got {path!r}")
     with open(path, "rb") as file:
         reader = _Reader(file, os.fspath(path))
         step: int | None = None

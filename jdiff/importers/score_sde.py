@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from jdiff._array import check_count
 from jdiff._typing import PyTree
 from jdiff.nn import NCSNv2, UNet
 
@@ -33,13 +34,10 @@ def rename(reference: PyTree, module: UNet | NCSNv2, *, image_size: int = 32) ->
     Raises:
         ValueError: the network has labels; leaves are missing, left over or of another shape: each is named, with its
             shape, on a line.
+        TypeError: another network, leaves that are not floating, `image_size` is no integer.
     """
-    flat = _flatten(reference)
-    if "Conv_0/kernel" not in flat:
-        raise ValueError(f"the leaf Conv_0/kernel is missing; leaves begin with {sorted(flat)[:3]}")
-    if len(shape := flat["Conv_0/kernel"].shape) != 4 or 0 in shape:
-        raise ValueError(f"the leaf Conv_0/kernel has shape {shape}, not that of a convolution")
-    expected, theirs = _expected(module, image_size, flat["Conv_0/kernel"].shape[2]), _names(module, image_size)
+    flat, theirs = _leaves(reference, "reference"), _names(module, image_size)
+    expected = _expected(module, image_size, _channels(flat, "Conv_0/kernel", "reference"))
 
     renamed, faults = {}, []
     for path, like in expected.items():
@@ -70,9 +68,10 @@ def restore_names(params: PyTree, module: UNet | NCSNv2, *, image_size: int = 32
 
     Raises:
         ValueError: the network has labels; a leaf is none of the network's, or one of the network's is missing.
+        TypeError: another network, leaves that are not floating, `image_size` is no integer.
     """
-    flat, restored = _flatten(params), {}
-    expected, theirs = set(_expected(module, image_size, flat["stem/kernel"].shape[2])), _names(module, image_size)
+    flat, theirs, restored = _leaves(params, "params"), _names(module, image_size), {}
+    expected = set(_expected(module, image_size, _channels(flat, "stem/kernel", "params")))
     if expected != set(flat):
         raise ValueError(f"not the parameters of this network: {sorted(expected ^ set(flat))} are its, or these, alone")
     for path, leaf in flat.items():
@@ -83,8 +82,11 @@ def restore_names(params: PyTree, module: UNet | NCSNv2, *, image_size: int = 32
 
 def _names(module, height):
     """Return the function from a path of ours to the published one."""
+    if not isinstance(module, UNet | NCSNv2):
+        raise TypeError(f"module must be a UNet or a NCSNv2, got {type(module).__name__}")
+    check_count(height, "image_size")
     if getattr(module, "num_classes", None) is not None:
-        raise ValueError(f"published networks have no class labels, got num_classes={module.num_classes}")
+        raise ValueError(f"module: published networks have no class labels, got num_classes={module.num_classes}")
     pairs = _ncsnv2(module) if isinstance(module, NCSNv2) else _unet(module, height)
     parents = {ours: name for name, ours in pairs}
 
@@ -189,6 +191,25 @@ def _expected(module, height, channels):
         return module.init(jax.random.key(0), x, t)["params"]
 
     return _flatten(jax.eval_shape(init))
+
+
+def _leaves(tree, what):
+    flat = _flatten(tree)
+    for path, leaf in flat.items():
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            got = dtype or type(leaf).__name__
+            raise TypeError(f"{what} must hold floating arrays alone, got {got} for the leaf {path!r}")
+    return flat
+
+
+def _channels(flat, stem, what):
+    """The channels of the images, from the shape of the first convolution."""
+    if stem not in flat:
+        raise ValueError(f"the leaf {stem} is missing in {what}; leaves begin with {sorted(flat)[:3]}")
+    if len(shape := flat[stem].shape) != 4 or 0 in shape:
+        raise ValueError(f"the leaf {stem} of {what} has shape {shape}, not that of a convolution")
+    return shape[2]
 
 
 def _flatten(tree: PyTree) -> dict[str, PyTree]:

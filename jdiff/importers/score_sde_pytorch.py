@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jdiff._array import check_count
 from jdiff.importers.score_sde import _unet
 from jdiff.nn import UNet
 
@@ -40,7 +41,14 @@ def to_reference(tensors: Mapping[str, np.ndarray], module: UNet, *, image_size:
     Raises:
         ValueError: NCSNv2, whose modules have other names there; tensors that no module of such a network has: each is
             named, with its shape, on a line. Missing ones are found by `rename`.
+        TypeError: tensors that are no mapping from strings to arrays, `image_size` is no integer.
     """
+    check_count(image_size, "image_size")
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"tensors must map names to arrays, got {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not hasattr(tensor, "dtype"):
+            raise TypeError(f"tensors must map names to arrays, got {type(tensor).__name__} for {name!r}")
     if not isinstance(module, UNet):
         raise ValueError(f"tensors of the port are read for DDPM, DDPM++ and NCSN++, not for {type(module).__name__}")
     absent = set() if module.embedding == "fourier" else {"GaussianFourierProjection_0"}

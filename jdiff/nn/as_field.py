@@ -6,7 +6,7 @@ from typing import cast
 import jax
 from flax import linen as nn
 
-from jdiff._array import check_key
+from jdiff._array import check_key, example_keys
 from jdiff._typing import Array, Field, PyTree
 from jdiff.nn.conditions import Condition
 
@@ -37,9 +37,12 @@ def as_field(
             example the dropout of example i depends on key i alone, not on the size, order or sharding of the batch.
 
     Raises:
-        TypeError: keys that are not typed (`jax.random.key`), before anything is traced.
-        ValueError: keys of more than one axis, or one key here and one per example there.
+        TypeError: keys that are not typed (`jax.random.key`), before anything is traced; a module that is none.
+        ValueError: keys of more than one axis, or one key here and one per example there; when the field is called,
+            another number of keys or conditions than of examples.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a flax.linen.Module, got {type(module).__name__}")
     per_example = _keys_per_example(rngs or {})
     # It has no mutable variables, which would come out beside the array.
     apply = cast(Callable[..., Array], module.apply)
@@ -47,6 +50,11 @@ def as_field(
     def field(x: Array, t: Array, cond: Condition = cond) -> Array:
         if not per_example:
             return apply({"params": params}, x, t, cond, train=train, rngs=rngs)
+
+        for key in rngs.values():
+            example_keys(key, len(x))
+        if wrong := [leaf.shape for leaf in jax.tree.leaves(cond) if leaf.shape[:1] != x.shape[:1]]:
+            raise ValueError(f"cond must have the batch of x, {x.shape[:1]}, got {wrong[0]}")
 
         def single(keys, x, t, cond):
             cond = jax.tree.map(lambda leaf: leaf[None], cond)

@@ -8,6 +8,7 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from jdiff._array import check_array, check_count
 from jdiff._typing import Array
 from jdiff.nn.conditions import Condition, absent_is_zero, read_condition
 from jdiff.nn.normalisation import at_least_float32
@@ -114,11 +115,12 @@ class Conditioning(nn.Module):
         """Embed `t` `(batch,)` and `cond` (see `read_condition`) for a batch of `x`. Returns `(batch, width)`.
 
         Raises:
-            ValueError: wrong shapes, unknown `embedding`, what `read_condition` raises.
-            TypeError: x or t not floating, what `read_condition` raises.
+            ValueError: wrong shapes, sizes below 1, unknown `embedding`, what `read_condition` raises.
+            TypeError: x or t not floating, sizes that are no integers, what `read_condition` raises.
         """
         if self.embedding not in _EMBEDDINGS:
             raise ValueError(f"embedding must be one of {', '.join(_EMBEDDINGS)}, got {self.embedding!r}")
+        check_sizes(self, width=1, features=1)
         check_inputs(x, t)
         seen = read_condition(cond, x, num_classes=self.num_classes, vector_size=self.vector_size)
         dtype = self.dtype or x.dtype
@@ -156,11 +158,21 @@ def _sin_cos(value: Array, frequencies: Array | np.ndarray) -> Array:
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
+def check_sizes(module: nn.Module, **least: int) -> None:
+    """Raise TypeError or ValueError for a size of a network that is no integer or below its least, or a bad dropout."""
+    for name, smallest in least.items():
+        value = getattr(module, name)
+        if value is not None or type(module).__dataclass_fields__[name].default is not None:
+            check_count(value, name, smallest)
+    if not 0 <= (dropout := getattr(module, "dropout", 0.0)) < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+
+
 def check_inputs(x: Array, t: Array) -> None:
     """Raise a TypeError or a ValueError that names what a network cannot take."""
-    for name, value in (("x", x), ("t", t)):
-        dtype = getattr(value, "dtype", None)
-        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"{name} must be a floating array, got {dtype or type(value).__name__}")
+    check_array(x)
+    dtype = getattr(t, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"t must be a floating array, got {dtype or type(t).__name__}")
     if t.shape != x.shape[:1]:
         raise ValueError(f"t must have shape {x.shape[:1]}, one time per example of x {x.shape}, got {t.shape}")

@@ -3,7 +3,9 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
+from jdiff._array import check_array, check_count
 from jdiff._typing import Array
 
 __all__ = ["Condition", "image_tokens", "read_condition"]
@@ -39,17 +41,23 @@ def read_condition(cond: Condition, x: Array, **sizes: int | None) -> dict[str, 
         and "present", `(batch,)` bool.
 
     Raises:
-        ValueError: missing or extra entries, or wrong shapes, by name.
-        TypeError: labels not integer, masks not bool, other entries not floating.
+        ValueError: missing or extra entries, or wrong shapes, by name; a size below 1.
+        TypeError: labels not integer, masks not bool, other entries not floating; a size that is no integer, or that no
+            condition has.
     """
+    if unknown := [name for name in sizes if name not in _KINDS.values()]:
+        raise TypeError(f"sizes must be {', '.join(_KINDS.values())}, got {', '.join(unknown)}")
+    check_array(x)
     wanted = {kind: size for kind, name in _KINDS.items() if (size := sizes.get(name)) is not None}
     for kind, size in wanted.items():
-        if size < 1:
-            raise ValueError(f"{_KINDS[kind]} must be None or at least 1, got {size}")
+        check_count(size, _KINDS[kind])
     batch = x.shape[0]
     if cond is None:
         return _null(wanted, x)
     given = dict(cond) if isinstance(cond, dict) else {"label": cond}
+    for name, value in given.items():
+        if np.asarray(value).dtype.kind in "OSU" if not hasattr(value, "dtype") else value.dtype == object:
+            raise TypeError(f"cond must hold arrays, got {type(value).__name__} for {name!r}")
     optional = {"present"} | ({"tokens_mask"} if "tokens" in wanted else set())
     if not isinstance(cond, dict) and set(wanted) != {"label"}:
         if "label" not in wanted:
@@ -60,7 +68,9 @@ def read_condition(cond: Condition, x: Array, **sizes: int | None) -> dict[str, 
     if extra := [name for name in given if name not in {*wanted, *optional}]:
         remedy = ", ".join(_KINDS[name] for name in extra if name in _KINDS)
         hint = f": build it with {remedy}" if remedy else ""
-        raise ValueError(f"cond has {', '.join(extra)}; the network takes {', '.join(wanted) or 'nothing'}{hint}")
+        raise ValueError(
+            f"cond has {', '.join(map(str, extra))}; the network takes {', '.join(wanted) or 'nothing'}{hint}"
+        )
     seen = {name: jnp.asarray(value) for name, value in given.items()}
     for kind, size in wanted.items():
         shape = _shape(kind, size, x, seen)
@@ -136,8 +146,11 @@ def image_tokens(image: Array, patch: int) -> Array:
         patch: side of a square, a divisor of h and w.
 
     Raises:
-        ValueError: another number of axes, sides that `patch` does not divide.
+        ValueError: another number of axes, sides that `patch` does not divide, a patch below 1.
+        TypeError: image not floating, patch no integer.
     """
+    check_count(patch, "patch")
+    check_array(image, "image")
     if image.ndim != 4 or image.shape[1] % patch or image.shape[2] % patch:
         raise ValueError(f"image must be (batch, height, width, c) of multiples of patch = {patch}, got {image.shape}")
     squares = space_to_depth(image, patch)

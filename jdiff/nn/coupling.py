@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from jdiff._array import check_array, check_positive
 from jdiff._typing import Array
-from jdiff.nn.conditioning import initializer
+from jdiff.nn.conditioning import check_sizes, initializer
 
 __all__ = ["CouplingFlow"]
 
@@ -48,8 +49,13 @@ class CouplingFlow(nn.Module):
             train: dropout on; `apply` then needs `rngs={"dropout": key}`.
 
         Raises:
-            ValueError: less than two entries per example.
+            ValueError: less than two entries per example, sizes below 1, a bound that is not positive, a dropout
+                outside [0, 1).
+            TypeError: x not floating, sizes that are no integers.
         """
+        check_sizes(self, depth=0, width=1, blocks=0)
+        check_positive(self.bound, "bound")
+        check_array(x)
         shape, size = x.shape, math.prod(x.shape[1:])
         if x.ndim < 2 or size < 2:
             raise ValueError(f"x must be (batch, *event) of at least two entries per example, got {shape}")

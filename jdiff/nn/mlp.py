@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from jdiff._typing import Array
-from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning, check_inputs, initializer
+from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning, check_inputs, check_sizes, initializer
 from jdiff.nn.conditions import Condition
 from jdiff.nn.normalisation import GroupNorm
 
@@ -64,9 +64,10 @@ class ResidualMLP(nn.Module):
             Shape of x, but for `out_channels` on the last axis, and dtype of x.
 
         Raises:
-            ValueError: wrong shapes, what `read_condition` raises.
-            TypeError: x or t not floating, what `read_condition` raises.
+            ValueError: wrong shapes, sizes below 1, a dropout outside [0, 1), what `read_condition` raises.
+            TypeError: x or t not floating, sizes that are no integers, what `read_condition` raises.
         """
+        check_sizes(self, width=1, depth=0, out_channels=1)
         check_inputs(x, t)
         dtype = self.dtype or x.dtype
 

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from jdiff._typing import Array
 from jdiff.nn.blocks import ACTIVATIONS, check_image
-from jdiff.nn.conditioning import check_inputs
+from jdiff.nn.conditioning import check_inputs, check_sizes
 from jdiff.nn.conditions import read_condition
 from jdiff.nn.normalisation import InstanceNormPlus, at_least_float32
 from jdiff.nn.resampling import downsample
@@ -69,9 +69,11 @@ class NCSNv2(nn.Module):
             `(batch, height, width, out_channels)` in the dtype of x.
 
         Raises:
-            ValueError: wrong shapes, a height or width that the stages cannot halve, labels, an unknown option.
-            TypeError: x or t not floating.
+            ValueError: wrong shapes, a height or width that the stages cannot halve, labels, an unknown option, sizes
+                below 1.
+            TypeError: x or t not floating, sizes that are no integers.
         """
+        check_sizes(self, channels=1, out_channels=1)
         for name, known in (("activation", ACTIVATIONS), ("interpolation", _INTERPOLATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")

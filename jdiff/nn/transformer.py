@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from jdiff._typing import Array
-from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning, check_inputs, initializer
+from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning, check_inputs, check_sizes, initializer
 from jdiff.nn.conditions import Condition, read_condition, space_to_depth, with_image
 from jdiff.nn.cross_attention import CrossAttention
 from jdiff.nn.input_features import input_features
@@ -84,9 +84,10 @@ class PatchTransformer(nn.Module):
 
         Raises:
             ValueError: wrong shapes, a height or width that `patch` does not divide, heads that do not divide `width`,
-                what `read_condition` raises.
-            TypeError: x or t not floating, what `read_condition` raises.
+                sizes below 1, a dropout outside [0, 1), what `read_condition` raises.
+            TypeError: x or t not floating, sizes that are no integers, what `read_condition` raises.
         """
+        check_sizes(self, width=1, depth=0, heads=1, patch=1, expansion=1, out_channels=1)
         check_inputs(x, t)
         dtype, p = self.dtype or x.dtype, self.patch
         if x.ndim != 4 or x.shape[1] % p or x.shape[2] % p:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from jdiff._array import check_count
 from jdiff._typing import Array
 from jdiff.nn.blocks import ACTIVATIONS, Attention, ResidualBlock, check_image, conv, merge
-from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning, check_inputs
+from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning, check_inputs, check_sizes
 from jdiff.nn.conditions import Condition, read_condition, with_image
 from jdiff.nn.normalisation import GroupNorm, at_least_float32
 from jdiff.nn.resampling import Downsample, Upsample, downsample, fir_downsample, fir_upsample, upsample
@@ -114,14 +115,14 @@ class UNet(nn.Module):
             `(batch, height, width, out_channels)` in the dtype of x.
 
         Raises:
-            ValueError: wrong shapes, a height or width that the levels cannot halve, an unknown option, what
-                `read_condition` raises.
-            TypeError: x or t not floating, what `read_condition` raises.
+            ValueError: wrong shapes, a height or width that the levels cannot halve, an unknown option, sizes below 1,
+                a dropout outside [0, 1), what `read_condition` raises.
+            TypeError: x or t not floating, sizes that are no integers, what `read_condition` raises.
         """
+        self._check_options()
         check_inputs(x, t)
         last, dtype, out = len(self.multipliers) - 1, self.dtype or x.dtype, self.out_channels or x.shape[-1]
         check_image(x.shape, 2**last, "use fewer levels (multipliers)")
-        self._check_options()
         act, add = ACTIVATIONS[self.activation], partial(merge, rescale=self.rescale)
         up, down = (fir_upsample, fir_downsample) if self.fir else (upsample, downsample)
         block = partial(
@@ -216,6 +217,11 @@ class UNet(nn.Module):
         return act(emb)
 
     def _check_options(self):
+        check_sizes(self, channels=1, blocks=0, out_channels=1, groups=1)
+        if not self.multipliers:
+            raise ValueError("multipliers must have an entry for each level, got none")
+        for multiplier in self.multipliers:
+            check_count(multiplier, "multipliers")
         for name, known in _OPTIONS.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")

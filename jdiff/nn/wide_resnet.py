@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from jdiff._typing import Array
 from jdiff.nn.blocks import check_image
-from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning, check_inputs, initializer
+from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning, check_inputs, check_sizes, initializer
 from jdiff.nn.conditions import read_condition, space_to_depth
 from jdiff.nn.normalisation import GroupNorm, at_least_float32
 from jdiff.nn.resampling import downsample
@@ -64,13 +64,15 @@ class WideResNet(nn.Module):
         `rngs={"dropout": key}`.
 
         Raises:
-            ValueError: wrong shapes, a side that `patch` does not divide, a depth that is not 6 n + 4, a `cond`.
-            TypeError: x or t not floating.
+            ValueError: wrong shapes, a side that `patch` does not divide, a depth that is not 6 n + 4, sizes below 1, a
+                dropout outside [0, 1), a `cond`.
+            TypeError: x or t not floating, sizes that are no integers.
         """
+        check_sizes(self, num_classes=1, depth=10, widen=1, patch=1, features=1)
         check_inputs(x, t)
         read_condition(cond, x)
         check_image(x.shape, self.patch, "use another patch")
-        if self.depth < 10 or (self.depth - 4) % 6:
+        if (self.depth - 4) % 6:
             raise ValueError(f"depth must be 10, 16, 22, 28, ..., got {self.depth}")
         dtype = self.dtype or x.dtype
         emb = Conditioning(

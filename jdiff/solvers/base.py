@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import check_grid, check_state, example_keys, fold_in, normal_like
+from jdiff._array import check_grid, check_key, check_state, example_keys, fold_in, normal_like
 from jdiff._typing import Array, Key, PyTree
 
 __all__ = ["Noise", "Solver", "State", "integrate", "white"]
@@ -41,10 +41,14 @@ def white(keys: Key | None, x: PyTree, t: Array, s: Array) -> PyTree:
     """Draw independent unit normals like x, example i from keys[i] alone: the default `Noise`.
 
     Raises:
-      ValueError: keys is None.
+      ValueError: keys is None, or not one key per example.
+      TypeError: keys are not typed threefry keys.
     """
     if keys is None:
         raise ValueError("this solver is stochastic: it needs a key, got None")
+    batch = check_state(x)
+    if check_key(keys).shape != (batch,):
+        raise ValueError(f"keys must be one key per example, shape {(batch,)}, got shape {keys.shape}")
     return normal_like(keys, x)
 
 

@@ -1,19 +1,13 @@
-"""Langevin corrector and predictor-corrector sampling, one step size per example.
-
-When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
-TypeError for states, times or numbers of another kind than they must be.
-"""
+"""Langevin corrector and predictor-corrector sampling, one step size per example."""
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import batch_time, call, check_count, check_positive, event_size, fold_in, lincomb, sum_event
+from jdiff._array import add_up, batch_time, call, check_count, check_positive, event_size, fold_in, lincomb, sum_event
 from jdiff._typing import Array, Field
 from jdiff.solvers.base import Noise, Solver, State, white
 
@@ -55,8 +49,7 @@ def langevin(
 
         def once(n, x):
             gradient = call(score, x, s)
-            squares = [sum_event(leaf**2) for leaf in jax.tree.leaves(gradient)]
-            square = functools.reduce(operator.add, squares).astype(s.dtype)
+            square = add_up(sum_event(leaf**2) for leaf in jax.tree.leaves(gradient)).astype(s.dtype)
             size = 2 * snr**2 * event_size(x) / jnp.maximum(square, jnp.finfo(s.dtype).tiny)
             if largest is not None:
                 size = jnp.minimum(size, largest(s))

@@ -2,9 +2,6 @@
 
 With half log-SNR l = log(alpha/sigma), the probability flow is d(x/sigma)/dl = e^l x_0(x, l): only the denoiser's
 change over a step is approximated (Lu et al. 2022, arXiv 2206.00927 and 2211.01095).
-
-When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
-TypeError for states, times or numbers of another kind than they must be.
 """
 
 from __future__ import annotations

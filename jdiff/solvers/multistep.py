@@ -7,22 +7,17 @@ With l = log(alpha/sigma), h = l_s - l_t and a denoiser x_0, the probability flo
 The polynomial is written in Newton's form, with divided differences. A point that is not there yet is infinitely far
 away: its differences vanish, and the order builds up by itself from the first step, which is DDIM. A point at
 alpha = 0, where l = -inf, is such a point too.
-
-When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
-TypeError for states, times or numbers of another kind than they must be.
 """
 
 from __future__ import annotations
 
-import functools
-import operator
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdiff._array import batch_time, call, check_real, full_like_batch, lincomb, scalars
+from jdiff._array import add_up, batch_time, call, check_real, full_like_batch, lincomb, scalars
 from jdiff._typing import Array, Field, Process, PyTree
 from jdiff.processes import log_snr, rates
 from jdiff.solvers.base import Noise, Solver, State, white
@@ -315,7 +310,7 @@ def _newton_integrals(moments: list[Array], points: list[Array]) -> list[Array]:
         lowered = [-point * c for c in polynomial]
         inner = [a + b for a, b in zip(polynomial, lowered[1:])]
         polynomial = [lowered[0], *inner, polynomial[-1]]
-        integrals.append(functools.reduce(operator.add, (c * m for c, m in zip(polynomial, moments))))
+        integrals.append(add_up(c * m for c, m in zip(polynomial, moments)))
     return integrals
 
 
@@ -332,7 +327,7 @@ def _differences(values: list[PyTree], gaps: tuple[Array, ...]) -> list[PyTree]:
     """Divided differences f[0, 1], f[0, 1, 2], ... of values at points that lie `gaps` apart, present to past."""
     table, found = list(values), []
     for width in range(1, len(values)):
-        spans = [sum(gaps[i + 1 : i + width], start=gaps[i]) for i in range(len(table) - 1)]
+        spans = [add_up(gaps[i : i + width]) for i in range(len(table) - 1)]
         table = [lincomb((1 / span, a), (-1 / span, b)) for span, a, b in zip(spans, table, table[1:])]
         found.append(table[0])
     return found

@@ -1,8 +1,4 @@
-"""Fixed-step Runge-Kutta solvers for any ODE dx/dt = drift(x, t).
-
-When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
-TypeError for states, times or numbers of another kind than they must be.
-"""
+"""Fixed-step Runge-Kutta solvers for any ODE dx/dt = drift(x, t)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Stochastic solvers: Euler-Maruyama for any SDE, ancestral sampling for any process.
-
-When they are called, all raise ValueError for shapes that do not go together, among them what a field returns, and
-TypeError for states, times or numbers of another kind than they must be.
-"""
+"""Stochastic solvers: Euler-Maruyama for any SDE, ancestral sampling for any process."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Training times, drawn for each position of the global batch, for every process.
 
-All raise ValueError and TypeError as `uniform` does.
+Every draw raises ValueError and TypeError where `uniform` does.
 """
 
 from __future__ import annotations
