@@ -219,7 +219,7 @@ def level_bound(
     if decoder not in ("posterior", "cells"):
         raise ValueError(f"unknown decoder {decoder!r}; choose 'posterior' or 'cells'")
     if ts is None:
-        check_count(draws, "draws")
+        check_count(draws, "draws")  # type: ignore[arg-type]  # which None is not
         start, end = _start(process, t_min), end_time(process)
     else:
         check_grid(ts, decreasing=True)

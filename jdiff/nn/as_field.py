@@ -51,7 +51,7 @@ def as_field(
         if not per_example:
             return apply({"params": params}, x, t, cond, train=train, rngs=rngs)
 
-        for key in rngs.values():
+        for key in (rngs or {}).values():
             example_keys(key, len(x))
         if wrong := [leaf.shape for leaf in jax.tree.leaves(cond) if leaf.shape[:1] != x.shape[:1]]:
             raise ValueError(f"cond must have the batch of x, {x.shape[:1]}, got {wrong[0]}")

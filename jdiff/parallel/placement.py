@@ -129,8 +129,9 @@ def place(tree: PyTree, sharding: PyTree) -> PyTree:
     """
     if isinstance(sharding, jax.sharding.Sharding):
         sharding = jax.tree.map(lambda _: sharding, tree)
-    if (got := jax.tree.structure(sharding)) != jax.tree.structure(tree):
-        raise ValueError(f"sharding must have the structure of tree, {jax.tree.structure(tree)}, got {got}")
+    got, want = ([jax.tree.structure(part)] for part in (sharding, tree))
+    if got != want:
+        raise ValueError(f"sharding must have the structure of tree, {want[0]}, got {got[0]}")
     for (path, leaf), where in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(sharding), strict=True):
         name = jax.tree_util.keystr(path)
         if not isinstance(where, jax.sharding.Sharding):
