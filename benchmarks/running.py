@@ -122,24 +122,24 @@ def _save(options, folder):
 def _input(options, folder):
     images = lambda side: np.random.default_rng(0).integers(0, 256, (512, side, side, 3), np.uint8)
     found = {f"{side}x{side}x3 from memory": _throughput(from_arrays(images(side))) for side in (32, 256)}
-    for kind in ("png", "jpeg"):
-        source = _photographs(folder / kind, kind)
+    for kind, source in _photographs(folder):
         for threads in (1, 2):
             found[f"256x256x3 {kind}, {threads} reading"] = _throughput(source, threads=threads)
     return {"input": found}
 
 
-def _photographs(folder, kind, count=512, side=256):
-    """A data set of crops of two photographs, as image files in array records."""
+def _photographs(folder, count=512, side=256):
+    """Yield (kind of file, data set of crops of two photographs as such files in array records)."""
     import tensorflow_datasets as tfds
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
     class Photographs(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=kind) for kind in ("png", "jpeg")]  # noqa: RUF012
 
         def _info(self):
-            image = tfds.features.Image(shape=(side, side, 3), encoding_format=kind)
+            image = tfds.features.Image(shape=(side, side, 3), encoding_format=self.builder_config.name)
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"image": image}))
 
         def _split_generators(self, dl_manager):
@@ -151,11 +151,13 @@ def _photographs(folder, kind, count=512, side=256):
                 photograph = photographs[n % 2]
                 top, left = (int(rng.integers(size - side + 1)) for size in photograph.shape[:2])
                 packed = io.BytesIO()
-                Image.fromarray(photograph[top : top + side, left : left + side]).save(packed, kind, quality=95)
+                crop = Image.fromarray(photograph[top : top + side, left : left + side])
+                crop.save(packed, self.builder_config.name, quality=95)
                 yield n, {"image": io.BytesIO(packed.getvalue())}
 
-    Photographs(data_dir=str(folder), file_format="array_record").download_and_prepare()
-    return data.load("photographs", "train", data_dir=folder)
+    for config in Photographs.BUILDER_CONFIGS:
+        Photographs(config=config, data_dir=str(folder), file_format="array_record").download_and_prepare()
+        yield config.name, data.load(f"photographs/{config.name}", "train", data_dir=folder)
 
 
 def _throughput(source, batch=128, **options):
