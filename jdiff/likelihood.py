@@ -92,7 +92,7 @@ def log_likelihood(
         tolerances <= 0, t_min outside [0, t_max), keys that do not fit.
       TypeError: x not floating point, keys not typed threefry keys.
     """
-    batch = check_array(x)
+    batch, x = check_array(x), jnp.asarray(x)
     if x.ndim < 2:
         raise ValueError(f"x must have shape (batch, *event), got {x.shape}")
     check_divergence(key, divergence, probes)

@@ -196,6 +196,11 @@ def test_what_is_right_was_refused():
     def clipped(x, t):
         return saturation.threshold(VP, shrink, predict="x0", quantile=0)(x, t)
 
+    # In NumPy 0 * inf warns.
+    infinite = np.full((3, 2), np.inf, np.float32)
+    assert jax.eval_shape(lambda: jdiff.log_likelihood(KEY, VP, shrink, infinite)).log_prob.shape == (3,)
+    assert jax.eval_shape(lambda: cnf.maximum_likelihood(KEY, VP, shrink, infinite, UP))[0].shape == (3,)
+
     assert jax.eval_shape(guided, X, T).shape == X.shape
     assert jax.eval_shape(bound, jnp.zeros((3, 2), int)).shape == (3,)
     assert jax.eval_shape(costs, jnp.zeros((3, 4, 2), jnp.float16)).shape == (3, 3)

@@ -23,9 +23,7 @@ SGD = optax.sgd(0.1)
 HERE = SingleDeviceSharding(DEVICES[0])
 
 one_key = keys(batch=lambda a: ())
-index = Role(
-    lambda v, a: is_array(v, jnp.integer) and v.ndim == 1 and v.shape[0] > 0, integers(ROWS).values, jnp.arange(BATCH)
-)
+index = Role(lambda v, a: is_array(v, jnp.integer) and v.ndim == 1, integers(ROWS).values, jnp.arange(BATCH))
 WRONG_BATCHES = ({}, {"index": ROWS, "mask": jnp.ones(BATCH)}, {"index": ROWS, "key": ROWS}, {"index": None})
 parts = Role(lambda v, a: type(v) is int and v in (1, 3), count(1).values, 1)
 decay = number(0.9, lambda v: 0 <= v < 1)
