@@ -215,7 +215,7 @@ def test_a_disk_that_stays_full(place, undisturbed, tmp_path):
         pytest.skip("may not mount")
     try:
         run = Run(str(tmp_path / "run"))
-        (tmp_path / "fill").write_bytes(bytes(700_000))
+        (tmp_path / "fill").write_bytes(bytes(1_150_000))
         code, out = finish(start(place, run.path))
         assert code == 2 and re.search(r"SaveError: step 60 could not be written", out), out
         assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == list(range(3, 61, 3))
