@@ -41,7 +41,7 @@ from jdiff._decoders import decode, decode_cells
 from jdiff._typing import Array, Field, Key, Kind, Process
 from jdiff.predictions import check_kind, coefficients, reparameterise
 from jdiff.processes import log_snr, perturb, prior_std, time_at
-from jdiff.transforms import DataTransform
+from jdiff.transforms import DataTransform, check_images
 
 __all__ = ["Bound", "decode", "decode_cells", "density_bound", "end_time", "level_bound"]
 
@@ -236,6 +236,7 @@ def level_bound(
             if draws > steps:
                 raise ValueError(f"draws must be None or in 1 ... {steps}, the number of steps; got {draws}")
         start, end = ts[-1], ts[0]
+    check_images(levels, transform.levels, "levels")
     x = transform.center(levels, dtype=dtype)
     keys, size, real = example_keys(key, x.shape[0]), event_size(x), coefficient_dtype(x)
     noise_keys = fold_in(keys, 0)

@@ -196,7 +196,8 @@ def classification(
         got = getattr(out, "shape", type(out).__name__)
         raise ValueError(f"logits must have shape ({batch}, classes), got {got}")
     chosen = label_log_prob(out, label)
-    return -chosen, (jnp.argmax(out, axis=1) == label).astype(chosen.dtype)
+    best = jnp.argmax(out, axis=1)
+    return -chosen, (best == label.astype(best.dtype)).astype(chosen.dtype)
 
 
 def label_log_prob(logits: Array, label: Array) -> Array:

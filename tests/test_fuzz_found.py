@@ -196,7 +196,9 @@ def test_what_is_right_was_refused():
     def clipped(x, t):
         return saturation.threshold(VP, shrink, predict="x0", quantile=0)(x, t)
 
-    # In NumPy 0 * inf warns.
+    # Labels of any integers, in NumPy 0 * inf.
+    logits, label = (lambda x, t: jnp.zeros((3, 5))), jnp.zeros(3, jnp.uint8)
+    assert jax.eval_shape(lambda: losses.classification(KEY, logits, VP, X, T, label))[1].shape == (3,)
     infinite = np.full((3, 2), np.inf, np.float32)
     assert jax.eval_shape(lambda: jdiff.log_likelihood(KEY, VP, shrink, infinite)).log_prob.shape == (3,)
     assert jax.eval_shape(lambda: cnf.maximum_likelihood(KEY, VP, shrink, infinite, UP))[0].shape == (3,)
