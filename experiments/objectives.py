@@ -75,7 +75,8 @@ def training_times(config: ConfigDict):
     draw = pick(TIMES, config.loss.times.name, "loss.times.name")
     given = ("key", "process", "index", "total")
     draw = functools.partial(draw, **_known_options(draw, config.loss.times, "loss.times", given))
-    draw(jax.random.key(0), process(config), jnp.arange(2), 2)
+    # What is out of range raises before any time is drawn.
+    jax.eval_shape(lambda key, index: draw(key, process(config), index, 2), jax.random.key(0), jnp.arange(2))
     if config.loss.times.shift != 1:
         draw = times.shift_draws(draw, config.loss.times.shift)
     if config.loss.times.weighted:

@@ -157,7 +157,10 @@ def grid(config: ConfigDict, name: str | None = None) -> jax.Array:
         # These kinds say nothing where there is no signal: start just below t_max on Rectified and Cosine.
         no_signal = float(forward_process.marginal(jnp.asarray(forward_process.t_max))[0]) == 0
         t_max = 0.999 * forward_process.t_max if no_signal else None
-    return make(forward_process, config.sampling.steps, t_min=config.sampling.t_min or None, t_max=t_max)
+    # One program, where it would be compiled operation by operation.
+    return jax.jit(
+        lambda: make(forward_process, config.sampling.steps, t_min=config.sampling.t_min or None, t_max=t_max)
+    )()
 
 
 def solver(

@@ -71,7 +71,7 @@ def test_training_on_vectors_learns_the_conditional_mean():
         field = nn.as_field(network, params, cond=cond)
         return losses.denoising(fold(2), field, process, batch["x"], t, predict="x0"), {}
 
-    steps, batch = 1500, 256
+    steps, batch = 750, 256
     tx = training.adam(training.learning_rate(1e-2, warmup=50, total=steps))
     step = training.make_train_step(loss_fn, tx, ema_decay=0.99)
 

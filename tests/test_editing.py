@@ -127,17 +127,17 @@ def test_the_walk_of_repaint():
 def test_repaint_goes_once_where_a_noisy_measurement_is_not_written(x64):
     """One independent entry: with std 0.5 the posterior, as replacement alone has it; going on would forget y."""
     data = analytic.gaussian(PROCESS, jnp.array([0.3]), 0.8)
-    operator, y = operators.mask(jnp.array([[1]]), (1,)), jnp.full((4000, 1), 1.5)
+    operator, y = operators.mask(jnp.array([[1]]), (1,)), jnp.full((2000, 1), 1.5)
     solver = solvers.ddim(PROCESS, data.denoise, 1.0)
 
     @jax.jit
     def run(key):
-        x = jdiff.processes.prior_sample(key, PROCESS, (4000, 1), jnp.float64)
-        return editing.repaint(key, PROCESS, solver, operator, y, x, grid(300), 0.5, resamples=4, jump=10)
+        x = jdiff.processes.prior_sample(key, PROCESS, (2000, 1), jnp.float64)
+        return editing.repaint(key, PROCESS, solver, operator, y, x, grid(150), 0.5, resamples=4, jump=10)
 
     wanted = posterior(np.eye(1), np.array([1.5]), 0.5, np.array([0.3]), np.array([[0.64]]))
     x = np.asarray(run(jax.random.key(8)))
-    (mean, covariance), error = wanted, np.sqrt(wanted[1][0, 0] / 4000)
+    (mean, covariance), error = wanted, np.sqrt(wanted[1][0, 0] / 2000)
     assert abs(x.mean() - mean[0]) < 4 * error
     assert abs(x.var() / covariance[0, 0] - 1) < 0.12  # the prior's is 3.6 times as large
 

@@ -154,20 +154,29 @@ def test_score_of_discrete_times():
         close(compiled("vp", 1000)(jnp.asarray(g["x"]), times(t)), g["score_continuous_False"][i], 1e-4)
 
 
+def divergence(name):
+    return lambda x, t, eps: song2021.divergence(PROCESSES[name], score(name), x, times(t), eps, params(name))
+
+
 @pytest.mark.parametrize("name", [pytest.param("vp", marks=pytest.mark.slow), "ve"])
 def test_divergence(name):
-    g = golden(f"score_{name}")
+    g, of = golden(f"score_{name}"), divergence(name)
     x = jnp.asarray(g["x"])
-    of = lambda x, t, eps: song2021.divergence(PROCESSES[name], score(name), x, times(t), eps, params(name))
     for i, t in enumerate(g["t"]):
         for probe in ("rademacher", "gaussian"):
             ours = of(x, t, jnp.asarray(g[f"eps_{probe}"]))
             np.testing.assert_allclose(
                 ours, g[f"div_{probe}"][i], rtol=1e-3, atol=1e-4 * np.abs(g["drift"][i]).sum() / 4
             )
-    # The exact trace: the probes that are unit vectors, four a call.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vp", "ve"])
+def test_divergence_by_unit_vectors(name):
+    """The exact trace: the probes that are unit vectors, four a call."""
+    g, of = golden(f"score_{name}"), divergence(name)
     basis = np.eye(768, dtype=np.float32).reshape(-1, *SHAPE)
-    same = jnp.broadcast_to(x[:1], SHAPE)
+    same = jnp.broadcast_to(jnp.asarray(g["x"])[:1], SHAPE)
     t, exact = g["div_exact_t"][1], g["div_exact_image0"][1]
     assert sum(of(same, t, jnp.asarray(eps)).sum() for eps in basis) == pytest.approx(exact, rel=1e-3)
 
@@ -332,16 +341,17 @@ def test_noise_drawn_from_keys_is_standard_and_fresh():
     np.testing.assert_allclose(np.cov(np.asarray(x).T), variance * np.eye(3), atol=0.1 * variance)
 
 
-@pytest.mark.parametrize("name", ["vp", pytest.param("subvp", marks=pytest.mark.slow)])
-def test_ode_sampler(name):
+@pytest.mark.parametrize(
+    ("name", "denoise"), [("vp", 1), *(pytest.param(name, 0, marks=pytest.mark.slow) for name in ("vp", "subvp"))]
+)
+def test_ode_sampler(name, denoise):
     g = golden(f"ode_sampler_{name}")
     weights = params(name, float(g["ode_damp"]))
-    for denoise in range(2 if name == "vp" else 1):
-        ours, evaluations = song2021.ode_sampler(
-            PROCESSES[name], score(name), jnp.asarray(g["z"]), weights, t_min=float(g["eps"]), denoise=bool(denoise)
-        )
-        close((ours + 1) / 2, g[f"samples_denoise{denoise}"], 1e-3)
-        assert evaluations == pytest.approx(int(g["nfe"]), rel=0.1)
+    ours, evaluations = song2021.ode_sampler(
+        PROCESSES[name], score(name), jnp.asarray(g["z"]), weights, t_min=float(g["eps"]), denoise=bool(denoise)
+    )
+    close((ours + 1) / 2, g[f"samples_denoise{denoise}"], 1e-3)
+    assert evaluations == pytest.approx(int(g["nfe"]), rel=0.1)
 
 
 # Likelihoods.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import integrate
+import scipy
 
 import jdiff
 from experiments.song2021.process import T_MIN, Score, coefficients, wide
@@ -68,7 +68,9 @@ def ode_sampler(
     state = lambda y: jnp.asarray(y, jnp.float32).reshape(z.shape)
     time = lambda t: jnp.full(len(z), t, jnp.float32)
     slope = lambda t, y: np.asarray(drift(process, score, state(y), time(t), *weights), np.float64).ravel()
-    solved = integrate.solve_ivp(slope, (1.0, t_min), np.asarray(z, np.float64).ravel(), "RK45", rtol=rtol, atol=atol)
+    solved = scipy.integrate.solve_ivp(
+        slope, (1.0, t_min), np.asarray(z, np.float64).ravel(), "RK45", rtol=rtol, atol=atol
+    )
     x = state(solved.y[:, -1])
     return _denoised(process, score, x, time(t_min), scales, *weights) if denoise else x, solved.nfev
 
@@ -108,7 +110,7 @@ def log_likelihood(
         return np.concatenate([np.asarray(flow, np.float64).ravel(), np.asarray(trace, np.float64)])
 
     start = np.concatenate([np.asarray(x, np.float64).ravel(), np.zeros(batch)])
-    solved = integrate.solve_ivp(slope, (t_min, 1.0), start, method="RK45", rtol=rtol, atol=atol)
+    solved = scipy.integrate.solve_ivp(slope, (t_min, 1.0), start, method="RK45", rtol=rtol, atol=atol)
     latent = solved.y[:size, -1].reshape(x.shape).astype(np.float32)
     prior = np.asarray(processes.prior_log_prob(process, jnp.asarray(latent)))
     return Likelihood(prior, solved.y[size:, -1].astype(np.float32), latent, solved.nfev)
