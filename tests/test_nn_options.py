@@ -87,7 +87,11 @@ def test_more_options(name):
     _check(name, SLOW[name])
 
 
-@pytest.mark.parametrize("name", [*FAST, "mixed2", "ddpm_plain"])
+@pytest.mark.parametrize(
+    "name",
+    ["ncsnv2_64", "skip_cat", "residual", "mixed2", "ddpm_plain"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("skip_plain", "residual_plain")],
+)
 def test_bfloat16_and_derivatives_of_every_option_trace(name):
     network = (FAST | SLOW)[name].clone(dtype=jnp.bfloat16)
     x, t = jnp.zeros((2, 8, 8, 3), jnp.float32), jnp.ones(2, jnp.float32)

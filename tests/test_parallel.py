@@ -61,8 +61,7 @@ def reference():
     return results
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize(("devices", "name"), [(1, "sgd"), (2, "sgd"), (4, "adam"), (8, "sgd"), (8, "adam")])
 @pytest.mark.parametrize("how", ["jit", "shard_map", "pmap"])
 def test_one_result(how, devices, name, reference):
     tx, tolerance = TRANSFORMS[name]
@@ -88,9 +87,7 @@ def test_one_result(how, devices, name, reference):
     assert traces == [(BATCH if how == "jit" else BATCH // devices,)]
 
 
-@pytest.mark.parametrize(
-    ("devices", "fsdp", "accumulate"), [(1, 1, 2), (2, 1, 1), (4, 1, 2), (8, 1, 1), (8, 1, 2), (8, 4, 2)]
-)
+@pytest.mark.parametrize(("devices", "fsdp", "accumulate"), [(1, 1, 2), (4, 1, 2), (8, 1, 1), (8, 4, 2)])
 @pytest.mark.parametrize("how", ["jit", "shard_map", "pmap"])
 def test_a_padded_batch_is_the_unpadded_one(how, devices, fsdp, accumulate):
     """11 examples of unequal weights and 5 of padding: the update of the 11 alone, wherever the padding lies."""
