@@ -48,7 +48,7 @@ def log_prob(params, x):
 
 
 tx = training.adam(training.learning_rate(2e-3, warmup=100, total=STEPS + 100))
-state = training.init_state(net.init(jax.random.key(0), jnp.zeros((1, 2)), jnp.ones(1))["params"], tx)
+state = training.init_state(jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 2)), jnp.ones(1))["params"], tx)
 step = jax.jit(training.make_train_step(loss, tx, ema_decay=0.999), donate_argnums=0)
 data = np.asarray(ring.sample(jax.random.key(1), 50_000))
 rng = np.random.default_rng(0)
@@ -59,7 +59,7 @@ for n in range(STEPS):
         print(f"step {n}: loss {metrics['loss']:.3f}")
 
 samples, test = draw(state.ema, jax.random.key(3)), ring.sample(jax.random.key(4), TEST)
-true = lambda x: ring.log_prob(x, process.t_min)
+true = jax.jit(lambda x: ring.log_prob(x, process.t_min))
 print(
     f"new points:     {jnp.mean(log_prob(state.ema, test)):.3f} nats by the model, {jnp.mean(true(test)):.3f} in truth"
 )

@@ -154,15 +154,17 @@ def _solver(config, run, samples):
     return solve
 
 
+_distance = jax.jit(metrics.energy_distance)
+
+
 def _energy(images, test, levels):
     """Return the squared energy distance of images to test images, pixels in [0, 1], and its standard error.
 
     The error is that of the images, from disjoint blocks of them; the test images are the same for all.
     """
     scaled = lambda a: jnp.asarray(a, jnp.float32) / (levels - 1)
-    measure = jax.jit(metrics.energy_distance)
     size = len(images) // _BLOCKS
-    values = [float(measure(scaled(images[n * size : (n + 1) * size]), scaled(test))) for n in range(_BLOCKS)]
+    values = [float(_distance(scaled(images[n * size : (n + 1) * size]), scaled(test))) for n in range(_BLOCKS)]
     return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(_BLOCKS))
 
 
