@@ -42,11 +42,11 @@ def candidates(process, count, batch=64, t_min=None, std=0.1):
 def test_no_other_grid_is_cheaper(n, power, x64):
     process = PROCESSES["VP"]
     exact, ts, path = candidates(process, 9, batch=16)
-    costs = np.asarray(grid_search.step_costs(process, exact.denoise, path, ts, power=power))
+    costs = np.asarray(jax.jit(lambda: grid_search.step_costs(process, exact.denoise, path, ts, power=power))())
     price = lambda chosen: sum(costs[i, j] for i, j in itertools.pairwise(chosen))
     every = [(0, *inner, 9) for inner in itertools.combinations(range(1, 9), n - 1)]
     best = min(every, key=price)
-    got = grid_search.best_grid(process, exact.denoise, path, ts, n, power=power)
+    got = jax.jit(lambda: grid_search.best_grid(process, exact.denoise, path, ts, n, power=power))()
     np.testing.assert_array_equal(got, ts[jnp.array(best)])
 
 
@@ -220,10 +220,11 @@ def test_best_grids_serve_stochastic_sampling(name):
         make.__name__: make(process, 10, t_min=t_min)
         for make in (times.linear, times.quadratic, times.karras, times.uniform_log_snr)
     }
-    grids["best"] = grid_search.best_grid(process, exact.denoise, path, fine, 10)
+    grids["best"] = jax.jit(lambda: grid_search.best_grid(process, exact.denoise, path, fine, 10))()
     data = processes.perturb(process, exact.sample(jax.random.key(1), 2000), jax.random.normal(KEY, (2000, 2)), t_min)
     distance = {
-        k: float(metrics.energy_distance(run(keys, process, solver, (2000, 2), ts), data)) for k, ts in grids.items()
+        k: float(jax.jit(metrics.energy_distance)(run(keys, process, solver, (2000, 2), ts), data))
+        for k, ts in grids.items()
     }
     best = distance.pop("best")
     assert best < 0.9 * min(distance.values()), (best, distance)

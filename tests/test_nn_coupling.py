@@ -10,7 +10,7 @@ from jdiff import nn
 def flow(event, seed=0, **options):
     """A coupling flow far from its start, in float64: its last layers are as large as the others."""
     module = nn.CouplingFlow(**{"depth": 4, "width": 8} | options)
-    params = module.init(jax.random.key(seed), jnp.zeros((1, *event)))["params"]
+    params = jax.eval_shape(module.init, jax.random.key(seed), jnp.zeros((1, *event)))["params"]
     rng = np.random.default_rng(seed)
     return module, jax.tree.map(lambda p: jnp.asarray(0.4 * rng.normal(size=p.shape), jnp.float64), params)
 
