@@ -161,9 +161,9 @@ def test_a_fault_of_a_safetensors_file_is_named(content, fault, tmp_path):
         tensors.read(file)
 
 
-# 2,000 mutated files.
+# Mutated files: 500, and 2,000 by `make test-slow`.
 
-MUTATED, SECONDS = 1000, 10
+SECONDS = 10
 FIRST_BYTES = bytes.fromhex("00 01 7f 80 81 8f 90 93 a0 a6 c0 c1 c3 c4 c6 c7 c9 ca cb cf d3 d4 d8 d9 db dc dd de df ff")
 LONG = [bytes([code]) + b"\xff" * 4 for code in (0xC6, 0xC9, 0xDB, 0xDD, 0xDF)] + [b"\xcf" + b"\xff" * 8]
 NAMES = (b"kernel", b"bias", b"scale", b"Conv_0", b"Conv_1", b"step", b"shape", b"chunks", b"params_ema", b"grad_ema")
@@ -209,8 +209,9 @@ def mutate(good, spots, rng):
     return bytes(data)
 
 
+@pytest.mark.parametrize("number", [250, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", ["flax", "port"])
-def test_mutated_files_are_refused_or_whole(layout, tmp_path, monkeypatch):
+def test_mutated_files_are_refused_or_whole(layout, number, tmp_path, monkeypatch):
     """Only ValueError, or finite parameters of the network's structure; in bounded time and memory."""
     expected = score_sde._expected
     monkeypatch.setattr(score_sde, "_expected", functools.cache(expected))
@@ -232,13 +233,13 @@ def test_mutated_files_are_refused_or_whole(layout, tmp_path, monkeypatch):
     spots = np.unique([at for mark in marks for at in range(max(0, mark - before), min(len(good), mark + after))])
     assert len(marks) > 30 and len(spots) < len(good) / 2
 
-    def hung(number, frame):
+    def hung(*_):
         pytest.fail(f"file {i} took {SECONDS} s")
 
     handler, outcomes = signal.signal(signal.SIGALRM, hung), collections.Counter()
     tracemalloc.start()
     try:
-        for i in range(MUTATED):
+        for i in range(number):
             content = mutate(good, spots, np.random.default_rng(i))
             file.write_bytes(content)
             tracemalloc.reset_peak()
@@ -260,5 +261,5 @@ def test_mutated_files_are_refused_or_whole(layout, tmp_path, monkeypatch):
     finally:
         tracemalloc.stop()
         signal.signal(signal.SIGALRM, handler)
-    assert outcomes["refused"] > MUTATED / 3 and outcomes["read"] > 20, outcomes
+    assert outcomes["refused"] > number / 3 and outcomes["read"] > number / 50, outcomes
     print(outcomes, len(good))

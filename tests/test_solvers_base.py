@@ -24,7 +24,16 @@ from jdiff import analytic, processes, sde, solvers
 from jdiff._array import fold_in
 
 NAMES = (*DETERMINISTIC, *STOCHASTIC)
-every_name = pytest.mark.parametrize("name", NAMES)
+# By `make test-slow`: other orders and other options of solvers that are among the fast ones.
+VARIANTS = {
+    *("exponential_adams, 2", "deis, 2", "deis, 3", "unipc, 2, bh2", "unipc, 2, last corrector"),
+    *("unipc, 3, last corrector", "euler_maruyama, eta = 0.5", "ancestral, large", "ddim, eta = 0.5"),
+    *("stochastic_heun, eta = 0.5", "dpmpp_2m, eta = 0.5"),
+}
+assert VARIANTS < set(NAMES)
+every_name = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in NAMES]
+)
 
 
 def test_the_tables_are_complete():

@@ -103,13 +103,13 @@ def test_churn_keeps_the_marginals(process, x64):
     d, ts = 0.6, Literal(process, np.linspace(-2.0, 2.5, 201)).ts
     exact = analytic.gaussian(process, jnp.array([0.7]), d)
     alpha, sigma = (np.asarray(c) for c in process.marginal(ts[jnp.array([0, -1])]))
-    x = alpha[0] * 0.7 + np.hypot(alpha[0] * d, sigma[0]) * jax.random.normal(KEY, (20_000, 1))
+    x = alpha[0] * 0.7 + np.hypot(alpha[0] * d, sigma[0]) * jax.random.normal(KEY, (8000, 1))
     solver = solvers.edm(process, exact.denoise, churn=0.02)
     end = np.asarray(jax.jit(lambda x: solvers.integrate(KEY, solver, x, ts)[0])(x))
     std = np.hypot(alpha[1] * d, sigma[1])
     # Four standard errors of a mean and of a standard deviation.
-    assert end.mean() == pytest.approx(0.7 * alpha[1], abs=4 * std / np.sqrt(20_000))
-    assert end.std() == pytest.approx(std, rel=4 / np.sqrt(40_000))
+    assert end.mean() == pytest.approx(0.7 * alpha[1], abs=4 * std / np.sqrt(8000))
+    assert end.std() == pytest.approx(std, rel=4 / np.sqrt(16_000))
     still = np.asarray(jax.jit(lambda x: solvers.integrate(None, solvers.edm(process, exact.denoise), x, ts)[0])(x))
     assert np.corrcoef(still[:, 0], end[:, 0])[0, 1] < 0.5
 
