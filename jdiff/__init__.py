@@ -4,9 +4,9 @@ A forward process is two functions of time, a network is any callable, a solver 
 `jdiff.data`, `jdiff.training`, `jdiff.coupling`, `jdiff.checkpoint`, `jdiff.parallel` and `jdiff.importers` need more
 than JAX, and are imported by name.
 
-Arguments that do not fit are errors before anything runs, in every function: ValueError for shapes that do not go
-together, among them what a field or another function of the caller returns, and for a missing key, TypeError for
-states, times, keys and numbers of another kind than they must be. What else a function raises, its own docstring says.
+Arguments that do not fit are errors before anything runs, as far as they can be seen there: ValueError for shapes that
+do not go together, among them what a field or another function of the caller returns, TypeError for states, times,
+keys and numbers of another kind than they must be. What else a function raises, its own docstring says.
 """
 
 from jdiff import (

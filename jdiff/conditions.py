@@ -30,7 +30,7 @@ def with_null(cond: PyTree, num_classes: int | None = None) -> tuple[PyTree, PyT
       ValueError: labels without num_classes.
       TypeError: labels that are not integers, entries that are no arrays, num_classes is no integer.
     """
-    if num_classes is not None:
+    if num_classes is not None and is_concrete(num_classes):
         check_count(num_classes, "num_classes")
 
     def null_label(label):

@@ -321,3 +321,27 @@ def test_a_measurement_may_be_of_integers_and_a_scale_on_or_off():
     np.testing.assert_array_equal(guided(jnp.ones((3, 2), jnp.int32)), guided(jnp.ones((3, 2))))
     on = guidance.autoguidance(shrink, lambda x, t: x, lambda t: t < 0.6)(X, T)
     np.testing.assert_array_equal(on, -X)
+
+
+def test_what_checks_had_refused_although_it_fits():
+    """Integers of NumPy, lists of traced labels, a traced null label, multipliers in an array, a mesh of no devices."""
+    levels = data.from_arrays(IMAGES, levels=np.int64(8)).levels
+    assert type(levels) is int and transforms.DataTransform(levels).rescale(IMAGES).shape == IMAGES.shape
+    net = nn.ResidualMLP(lambda t: t, width=4, depth=1, num_classes=3)
+    params = jax.jit(net.init)(KEY, X[:2], T[:2])["params"]
+    labelled = jax.jit(lambda *labels: net.apply({"params": params}, X[:2], T[:2], {"label": [*labels]}))
+    np.testing.assert_allclose(labelled(0, 1), labelled(*jnp.asarray([0, 1])))
+    _, null = jax.jit(conditions.with_null)(jnp.arange(3), 10)
+    np.testing.assert_array_equal(null, 10)
+    jax.eval_shape(nn.UNet(lambda t: t, channels=4, groups=2, multipliers=np.array([1, 2])).init, KEY, IMAGE, one)
+    planned = parallel.state_sharding({"w": X}, jax.sharding.AbstractMesh((2,), ("fsdp",)), min_size=1)
+    assert planned["w"].spec == jax.sharding.PartitionSpec(None, "fsdp")
+
+
+def test_conditions_and_dropout_that_do_not_fit_are_named():
+    net = nn.ResidualMLP(lambda t: t, width=4, depth=1, num_classes=3)
+    keys = {"dropout": jax.random.split(KEY, 3)}
+    with pytest.raises(ValueError, match=r"cond must have the batch of x, \(3,\), got \(\)"):
+        nn.as_field(net, {}, cond=[0, 1, 2], train=True, rngs=keys)(X, T)
+    with pytest.raises(TypeError, match="dropout must be a real number"):
+        jax.eval_shape(nn.PatchTransformer(lambda t: t, dropout=None).init, KEY, IMAGE, one)

@@ -1,6 +1,7 @@
 """`Source`: a split of integer images that can be read at any positions."""
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -91,8 +92,10 @@ def from_arrays(
             raise ValueError(f"image {first} of {where} contains NaN")
         raise TypeError(f"images of {where} must hold integer levels, got {image.dtype}; round them to levels first")
     check_count(levels, "levels", 2)
+    levels = operator.index(levels)
     if classes is not None:
         check_count(classes, "classes")
+        classes = operator.index(classes)
     low, high = int(image.min()), int(image.max())
     if low < 0 or high >= levels:
         raise ValueError(f"images of {where} hold levels {low} to {high}, levels={levels} allows 0 to {levels - 1}")

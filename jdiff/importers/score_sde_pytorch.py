@@ -46,9 +46,6 @@ def to_reference(tensors: Mapping[str, np.ndarray], module: UNet, *, image_size:
     check_count(image_size, "image_size")
     if not isinstance(tensors, Mapping):
         raise TypeError(f"tensors must map names to arrays, got {type(tensors).__name__}")
-    for name, tensor in tensors.items():
-        if not isinstance(name, str) or not hasattr(tensor, "dtype"):
-            raise TypeError(f"tensors must map names to arrays, got {type(tensor).__name__} for {name!r}")
     if not isinstance(module, UNet):
         raise ValueError(f"tensors of the port are read for DDPM, DDPM++ and NCSN++, not for {type(module).__name__}")
     absent = set() if module.embedding == "fourier" else {"GaussianFourierProjection_0"}
@@ -58,6 +55,8 @@ def to_reference(tensors: Mapping[str, np.ndarray], module: UNet, *, image_size:
 
     reference, faults = {}, []
     for name, tensor in tensors.items():
+        if not isinstance(name, str) or not hasattr(tensor, "dtype"):
+            raise TypeError(f"tensors must map names to arrays, got {type(tensor).__name__} for {name!r}")
         if name.removeprefix("module.") == "sigmas":
             continue
         found = _place(name, order)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import cast
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from jdiff._array import check_key, example_keys
@@ -53,7 +54,7 @@ def as_field(
 
         for key in (rngs or {}).values():
             example_keys(key, len(x))
-        if wrong := [leaf.shape for leaf in jax.tree.leaves(cond) if leaf.shape[:1] != x.shape[:1]]:
+        if wrong := [jnp.shape(leaf) for leaf in jax.tree.leaves(cond) if jnp.shape(leaf)[:1] != x.shape[:1]]:
             raise ValueError(f"cond must have the batch of x, {x.shape[:1]}, got {wrong[0]}")
 
         def single(keys, x, t, cond):

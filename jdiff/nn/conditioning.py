@@ -8,7 +8,7 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from jdiff._array import check_array, check_count
+from jdiff._array import check_array, check_count, check_real
 from jdiff._typing import Array
 from jdiff.nn.conditions import Condition, absent_is_zero, read_condition
 from jdiff.nn.normalisation import at_least_float32
@@ -164,7 +164,8 @@ def check_sizes(module: nn.Module, **least: int) -> None:
         value = getattr(module, name)
         if value is not None or type(module).__dataclass_fields__[name].default is not None:
             check_count(value, name, smallest)
-    if not 0 <= (dropout := getattr(module, "dropout", 0.0)) < 1:
+    check_real(dropout := getattr(module, "dropout", 0.0), "dropout")
+    if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
 
 

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from jdiff._array import check_array, check_count
 from jdiff._typing import Array
@@ -55,9 +54,7 @@ def read_condition(cond: Condition, x: Array, **sizes: int | None) -> dict[str, 
     if cond is None:
         return _null(wanted, x)
     given = dict(cond) if isinstance(cond, dict) else {"label": cond}
-    for name, value in given.items():
-        if np.asarray(value).dtype.kind in "OSU" if not hasattr(value, "dtype") else value.dtype == object:
-            raise TypeError(f"cond must hold arrays, got {type(value).__name__} for {name!r}")
+    seen = {name: _as_array(value, name) for name, value in given.items()}
     optional = {"present"} | ({"tokens_mask"} if "tokens" in wanted else set())
     if not isinstance(cond, dict) and set(wanted) != {"label"}:
         if "label" not in wanted:
@@ -71,7 +68,6 @@ def read_condition(cond: Condition, x: Array, **sizes: int | None) -> dict[str, 
         raise ValueError(
             f"cond has {', '.join(map(str, extra))}; the network takes {', '.join(wanted) or 'nothing'}{hint}"
         )
-    seen = {name: jnp.asarray(value) for name, value in given.items()}
     for kind, size in wanted.items():
         shape = _shape(kind, size, x, seen)
         if seen[kind].shape != shape:
@@ -100,6 +96,13 @@ def read_condition(cond: Condition, x: Array, **sizes: int | None) -> dict[str, 
     if "label" in seen:
         seen["label"] = jnp.where(seen["present"], seen["label"], jnp.asarray(wanted["label"], seen["label"].dtype))
     return seen
+
+
+def _as_array(value, name):
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"cond must hold arrays, got {type(value).__name__} for {name!r}") from error
 
 
 def _shape(kind, size, x, seen):

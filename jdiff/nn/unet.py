@@ -218,7 +218,7 @@ class UNet(nn.Module):
 
     def _check_options(self):
         check_sizes(self, channels=1, blocks=0, out_channels=1, groups=1)
-        if not self.multipliers:
+        if not len(self.multipliers):
             raise ValueError("multipliers must have an entry for each level, got none")
         for multiplier in self.multipliers:
             check_count(multiplier, "multipliers")

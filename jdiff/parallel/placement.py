@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jdiff._array import check_count
 from jdiff._typing import PyTree
@@ -66,7 +66,8 @@ def state_sharding(
         TypeError: leaves without a shape, another mesh, overrides that are no mapping of expressions to axes,
             `min_size` no integer.
     """
-    check_mesh(mesh)
+    if not isinstance(mesh, AbstractMesh):  # a plan needs no devices
+        check_mesh(mesh)
     check_count(min_size, "min_size", 0)
     if not isinstance(overrides, Mapping | None):
         raise TypeError(f"overrides must map regular expressions to axes, got {type(overrides).__name__}")
