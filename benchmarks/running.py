@@ -44,7 +44,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             result |= PARTS[name](options, pathlib.Path(folder))
         print(result, flush=True)
-    common.write(options, "running", result)
+    common.write(options, "_".join(["running", *(options.parts if options.parts != [*PARTS] else [])]), result)
 
 
 def _config(path, *changes):

@@ -387,6 +387,24 @@ def test_the_first_format_is_read(tmp_path, monkeypatch):
     same(state_of(restored), jax.tree.map(np.asarray, state._replace(step=jnp.int32(3))))
 
 
+@pytest.mark.parametrize("byte", [-1, 1.5, "0", 10**9])
+def test_small_arrays_that_begin_at_no_byte_are_damage(byte, steps, original):
+    """Also where someone has made its digest right: never an error that is no damage, as older steps are good."""
+    path = steps / "4" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    meta.pop("sha256")
+    meta["items"]["params"]["leaves"]["dense/0/b"]["byte"] = byte
+    path.write_text(json.dumps(meta | {"sha256": _trees.sha256(meta)}))
+    with pytest.warns(checkpoint.DamagedCheckpointWarning, match="step 4 is damaged: .*params"):
+        same(state_of(restore(steps, like())), original[1][2])
+
+
+def test_packed_bytes_have_a_limit(monkeypatch):
+    monkeypatch.setattr(_trees, "_PACKED", 100)
+    stored, first = _trees.pack({name: np.full(10, n, np.float32) for n, name in enumerate("abc")})
+    assert first == {"a": 0, "b": 40} and set(stored) == {"c", _trees.PACKED} and stored[_trees.PACKED].nbytes == 80
+
+
 def test_small_arrays_are_one_of_orbax(tmp_path):
     """Of every dtype and shape, bit for bit; what is split over devices, or large, stays by itself."""
     rng = np.random.default_rng(0)

@@ -1,5 +1,6 @@
 """What the fuzz of tests/test_fuzz_*.py found, one case each; and values: NaN, huge ones, no examples, broken files."""
 
+import collections
 import dataclasses
 
 import hypothesis
@@ -112,6 +113,10 @@ TAKEN = {
     "an item outside": (lambda: checkpoint.save(MANAGER, 1, {"../a": X}), "items must have words for names"),
     "a step of no items": (lambda: checkpoint.save(MANAGER, 1, {"step": None}), "step.* must be an integer"),
     "a leaf below a leaf": (lambda: checkpoint.save(MANAGER, 1, {"a": {"b": X, "b/c": X}}), "lies below another"),
+    "a leaf above one": (
+        lambda: checkpoint.save(MANAGER, 1, {"a": collections.OrderedDict([("b/c", X), ("b", X)])}),
+        "another one below",
+    ),
     "a meta without names": (lambda: checkpoint.save(MANAGER, 1, {"meta": [1]}), "meta must be a JSON object"),
     "no manager": (lambda: checkpoint.restore(None, {}), "manager must be what open_manager returns"),
     "a half class": (lambda: data.from_arrays(IMAGES, [0], classes=2.5), "classes must be an integer"),

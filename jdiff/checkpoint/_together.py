@@ -1,5 +1,6 @@
 """What the processes of one run agree on while they save: that what failed in one failed in all."""
 
+import threading
 from typing import Any
 
 import jax
@@ -26,12 +27,12 @@ class Barrier:
     Orbax's threads of all processes come to the same barriers in the same order, each with a name. One that fails
     leaves out the next one and comes to a later one, where it would wait for the others, and they for it, until a limit
     of many minutes. Here the n-th barrier of one process is the n-th of all; where they differ in the name, somebody
-    has failed: all of them raise, and the barriers after it hold nobody up any more.
+    has failed: all of them raise, and at the barriers after it each raises at once.
     """
 
     def __init__(self, place: str):
         """place: the same words in all processes, and in no other barrier."""
-        self._place, self._count, self._broken = place, 0, False
+        self._place, self._count, self._turn, self.broken = place, 0, threading.Lock(), False
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
         """Wait until all processes are here.
@@ -39,8 +40,16 @@ class Barrier:
         Raises:
             OtherProcessError: they are not at the same barrier.
         """
-        if self._broken or jax.process_count() == 1:
+        if jax.process_count() == 1:
             return
+        with self._turn:  # where one of Orbax's threads has failed, another may come here while it waits
+            if not self.broken:
+                self.broken = len(self._names(key, timeout_ms)) > 1
+            if self.broken:
+                raise OtherProcessError("failed in another process, which says why")
+
+    def _names(self, key, timeout_ms):
+        """Wait for all, and return the names that they came with."""
         # JAX has no public way to JAX's coordination service; a collective must not run beside those of the training.
         from jax._src import distributed
 
@@ -51,6 +60,4 @@ class Barrier:
         if self._count:  # all have read those of the barrier before
             client.key_value_delete(f"{self._place}/{self._count - 1}/{jax.process_index()}")
         self._count += 1
-        if len(here) > 1:
-            self._broken = True
-            raise OtherProcessError("failed in another process, which says why")
+        return here

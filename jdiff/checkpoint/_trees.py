@@ -15,12 +15,13 @@ from jax.sharding import Sharding
 from jdiff.checkpoint._digests import digests
 
 PACKED = "packed bytes"
-_SMALL = 2**22
+# Bytes of an array, and of all of an item, that are written as one: beyond, Orbax shares the work among processes.
+_SMALL, _PACKED = 2**18, 2**26
 
 
 def flatten(name, tree):
     """A tree as {"path/of/leaf": leaf}, in the order of its leaves."""
-    leaves, names = {}, set()
+    leaves, names, parents = {}, set(), set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         text = jax.tree_util.keystr(path, simple=True, separator="/")
         dtype = getattr(leaf, "dtype", None)
@@ -31,8 +32,10 @@ def flatten(name, tree):
         # Orbax joins the parts by dots: {"a.b": x, "a": {"b": y}} would be one name.
         if text.replace("/", ".") in names:
             raise ValueError(f"two leaves of {name} have the path {text!r}")
-        if any(other in leaves for other in itertools.accumulate(text.split("/")[:-1], "{}/{}".format)):
-            raise ValueError(f"{name}/{text} lies below another leaf")
+        below = any(other in leaves for other in itertools.accumulate(text.split("/")[:-1], "{}/{}".format))
+        if below or text in parents:
+            raise ValueError(f"{name}/{text} lies below another leaf, or another one below it")
+        parents.update(itertools.accumulate(text.split("/")[:-1], "{}/{}".format))
         names.add(text.replace("/", "."))
         leaves[text] = leaf
     return leaves
@@ -56,7 +59,11 @@ def pack(leaves):
     Orbax spends about 2 ms of Python on an array. Arrays of no elements, which it refuses, are left out: their shape
     and dtype in `meta` are all there is to them.
     """
-    small = [path for path, leaf in leaves.items() if 0 < leaf.nbytes <= _SMALL and _whole(leaf)]
+    small, total = [], 0
+    for path, leaf in leaves.items():
+        if 0 < leaf.nbytes <= min(_SMALL, _PACKED - total) and _whole(leaf):
+            small.append(path)
+            total += leaf.nbytes
     packed = [array.tobytes() for array in jax.device_get([leaves[path] for path in small])]
     first = dict(zip(small, itertools.accumulate(map(len, packed), initial=0), strict=False))
     stored = nest({path: leaf for path, leaf in leaves.items() if leaf.size and path not in first})
@@ -64,13 +71,16 @@ def pack(leaves):
 
 
 def unpack(packed, first, leaf):
-    """The array of a leaf's shape and dtype that begins at a byte."""
+    """The array of a leaf's shape and dtype that begins at a byte, which the caller knows to be there."""
     size = leaf.size * leaf.dtype.itemsize
     return np.frombuffer(packed[first : first + size].tobytes(), leaf.dtype).reshape(leaf.shape)
 
 
 def _whole(leaf):
-    return not isinstance(leaf, jax.Array) or leaf.is_fully_replicated
+    """Whether every process has all of it, and means the same by it: Orbax refuses arrays of one process of several."""
+    if not isinstance(leaf, jax.Array):
+        return True
+    return leaf.is_fully_replicated and not (jax.process_count() > 1 and leaf.is_fully_addressable)
 
 
 def nest_order(leaves):

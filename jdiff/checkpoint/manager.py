@@ -66,6 +66,8 @@ class Manager(ocp.CheckpointManager):
         try:
             self.save(step, args=args, force=True)
         except Exception as error:
+            if jax.process_count() > 1:  # the others may wait inside of Orbax: this process ends, and they by heartbeat
+                raise
             raise self._failed(step, error) from error
         self._writing = step
 
@@ -80,9 +82,9 @@ class Manager(ocp.CheckpointManager):
             SaveError: it could not be written, by this process or another one. The next save may be tried as if
                 nothing had happened.
         """
-        step, self._writing = self._writing, None
-        with self._all(step) if step is not None else contextlib.nullcontext():
+        with self._all(self._writing) if self._writing is not None else contextlib.nullcontext():
             super().wait_until_finished()
+        self._writing = None  # not where the wait was interrupted: the next one finishes it
 
     def close(self) -> None:
         """Wait for the last save and release threads; a process that ends alone does not wait for the others."""
@@ -105,7 +107,8 @@ class Manager(ocp.CheckpointManager):
     def _failed(self, step, error):
         """Forget a step that could not be written, and what was written of it."""
         self.trusted.discard(step)
-        self._failures += 1
+        self._failures, self._writing = self._failures + 1, None
+        self._barrier.broken = True  # no thread waits there for processes that have failed
         # Orbax raises the error of a background save at every later call: only a new manager writes again.
         with contextlib.suppress(Exception):
             self._checkpointer.close()
@@ -115,15 +118,18 @@ class Manager(ocp.CheckpointManager):
         self._clear()
         while isinstance(error, OtherProcessError) and error.__context__ is not None:
             error = error.__context__  # it came to the wrong barrier because of this
-        text = " ".join(str(error).split()) or type(error).__name__
-        return SaveError(f"step {step} could not be written to {self.directory}: {text[:600]}")
+        text = (" ".join(str(error).split()) or type(error).__name__)[:600]
+        if jax.process_count() == 1 and self._opened and step in self.all_steps():
+            self.trusted.add(step)  # it is whole: older steps could not be deleted after it
+            return SaveError(f"step {step} was written to {self.directory}, but not what follows it: {text}")
+        return SaveError(f"step {step} could not be written to {self.directory}: {text}")
 
     def _open(self, directory):
         """Be a new Orbax manager; after the first time without waiting for the other processes."""
         self._opened = False
-        barrier = Barrier(f"jdiff_save_{self._number}_{self._failures}")
+        self._barrier = Barrier(f"jdiff_save_{self._number}_{self._failures}")
         # Else threads wait for minutes for folders that could not be made, and the process at its end for them.
-        threads = ocp.AsyncOptions(create_directories_asynchronously=False, barrier_sync_fn=barrier)
+        threads = ocp.AsyncOptions(create_directories_asynchronously=False, barrier_sync_fn=self._barrier)
         create = self._given.create and not self._failures
         super().__init__(directory, options=dataclasses.replace(self._given, async_options=threads, create=create))
         self._opened = True
@@ -154,7 +160,8 @@ class Manager(ocp.CheckpointManager):
 def open_manager(directory: str | os.PathLike, *, keep: int = 3, every: int = 1, read_only: bool = False) -> Manager:
     """Open a directory of checkpoints, one folder a step, and create it unless `read_only`.
 
-    A save that was cut short leaves a folder `<step>.orbax-checkpoint-tmp`, which no step is ever restored from.
+    A save that was cut short leaves a folder `<step>.orbax-checkpoint-tmp` (on gs:// a step without its
+    `commit_success.txt`), which no step is ever restored from.
 
     Args:
         directory: local path or a URL that `etils.epath` knows.

@@ -60,7 +60,7 @@ def save(manager: Manager, step: int, items: Mapping[str, Any], *, force: bool =
     _check_manager(manager)
     check_count(step, "step", 0)
     step = int(step)
-    _check_names(items, "items")
+    _check_items(items, "items", r"[A-Za-z]\w*")
     if manager.read_only:
         raise ValueError(f"{manager.directory} was opened read_only")
     if not force and step % manager.every:
@@ -142,7 +142,7 @@ def restore(
             another manager.
     """
     _check_manager(manager)
-    _check_names(like, "like")
+    _check_items(like, "like")
     if step is not None:
         check_count(step, "step", 0)
     manager.wait_until_finished()
@@ -173,12 +173,12 @@ def _check_manager(manager):
         raise TypeError(f"manager must be what open_manager returns, got {type(manager).__name__}")
 
 
-def _check_names(items, what):
-    """Items are folders: their names are words."""
+def _check_items(items, what, names=r"[^/\\]*[^./\\][^/\\]*"):
+    """Items are folders; what is saved now has words for names."""
     if not isinstance(items, Mapping):
         raise TypeError(f"{what} must map names to items, got {type(items).__name__}")
     for name in items:
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
+        if not isinstance(name, str) or not re.fullmatch(names, name, re.ASCII):
             raise ValueError(f"{what} must have words for names, got {name!r}")
     if not isinstance(items.get("meta"), Mapping | None):
         raise TypeError(f"meta must be a JSON object, got {type(items['meta']).__name__}")
@@ -204,8 +204,10 @@ def _restore_step(manager, step, like, sharding):
         saved = meta["items"][name]["leaves"]
         arrays = _read_arrays(manager, step, name, leaves, saved, placements[name])
         found = _trees.describe(arrays)
-        if wrong := [f"{name}/{path}" for path in found if found[path]["digest"] != saved[path]["digest"]]:
-            raise _damaged(manager, step, name, f"the bits of {_some(wrong)} are not those that were saved")
+        wrong = [f"{name}/{path}" for path in found if found[path]["digest"] != saved[path]["digest"]]
+        text = f"the bits of {_some(wrong)} are not those that were saved"
+        if fault := agreed(OSError(text) if wrong else None):  # each process reads for itself
+            raise _damaged(manager, step, name, str(fault))
         restored[name] = jax.tree.unflatten(jax.tree.structure(like[name]), arrays.values())
     if "data" in like:
         data = _read(manager, step, "data", ocp.args.JsonRestore())
@@ -246,6 +248,8 @@ def _read_arrays(manager, step, item, leaves, saved, places):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path])
 
     packed = {path: saved[path]["byte"] for path in leaves if "byte" in saved[path]}
+    if wrong := [path for path, first in packed.items() if type(first) is not int or first < 0]:
+        raise _damaged(manager, step, item, f"{_some(wrong)} begin at no byte")
     alone = {path: target(path, leaf) for path, leaf in leaves.items() if leaf.size and path not in packed}
     targets = _trees.nest(alone)
     if packed:
@@ -253,6 +257,8 @@ def _read_arrays(manager, step, item, leaves, saved, places):
         targets[_trees.PACKED] = _on_host((size,), np.uint8)
     read = _read(manager, step, item, ocp.args.StandardRestore(targets)) if targets else {}
     content = read.pop(_trees.PACKED, None)
+    if packed and content.shape[0] < size:
+        raise _damaged(manager, step, item, f"{size} bytes of small arrays are {content.shape[0]}")
     values = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves.items() if not leaf.size}
     values |= zip(_trees.nest_order(alone), jax.tree.leaves(read), strict=True)
     values |= {path: _trees.unpack(content, first, leaves[path]) for path, first in packed.items()}
