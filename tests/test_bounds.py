@@ -34,7 +34,9 @@ def mixture(process):
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ("subvp", "edm") else name for name in CASES]
+)
 def test_density_bound_is_the_density_for_the_exact_field_and_end(name):
     """For every process and kind, at one x: equality with the density, and errors that say how far the draws spread."""
     process, kind = CASES[name]

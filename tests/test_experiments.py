@@ -412,7 +412,7 @@ def test_the_first_step_that_is_not_finite_is_named(done, monkeypatch):
         sample.sample(config, done)
 
 
-@pytest.mark.parametrize("name", ["dpmpp_2m", "ancestral"])
+@pytest.mark.parametrize("name", ["dpmpp_2m", pytest.param("ancestral", marks=pytest.mark.slow)])
 def test_a_searched_grid(name, done, tmp_path, capsys):
     run = Run(shutil.copytree(done.path, tmp_path / "run"))
     config = _config(sampling__solver=name, sampling__steps=4)
@@ -557,6 +557,7 @@ def test_the_comparison_is_paired():
 
 
 def test_the_demo_from_training_to_the_report(done, tmp_path, capsys):
+    done = Run(shutil.copytree(done.path, tmp_path / "run"))  # whose configuration the demo sets
     """All of it on the trained run: nothing is trained again, and the report stands alone."""
     config = _config(sampling__number=4, sampling__batch_size=4, likelihood__images=8)
     assert demo.demo(config, done, name="smoke") == 0

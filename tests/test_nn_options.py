@@ -89,8 +89,8 @@ def test_more_options(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["ncsnv2_64", "skip_cat", "residual", "mixed2", "ddpm_plain"]
-    + [pytest.param(name, marks=pytest.mark.slow) for name in ("skip_plain", "residual_plain")],
+    ["ncsnv2_64", "skip_cat", "mixed2", "ddpm_plain"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("skip_plain", "residual", "residual_plain")],
 )
 def test_bfloat16_and_derivatives_of_every_option_trace(name):
     network = (FAST | SLOW)[name].clone(dtype=jnp.bfloat16)

@@ -360,11 +360,12 @@ def test_the_lock_is_renewed(tmp_path, monkeypatch):
 
 def test_a_second_training_is_refused(place, tmp_path):
     run = Run(str(tmp_path / "run"))
-    first = start(place, run.path)
+    short = {"training.steps": 12, "training.validate_every": 12}
+    first = start(place, run.path, **short)
     wait_for_step(first, run, 3)
     first.send_signal(signal.SIGSTOP)  # alive, but never finished before the second has looked
     try:
-        code, out = finish(start(place, run.path))
+        code, out = finish(start(place, run.path, **short))
         assert code == 3 and f"LockedError: {run.path} is being written by process {first.pid}" in out, out
     finally:
         first.send_signal(signal.SIGCONT)

@@ -124,7 +124,14 @@ def gradient_arguments():
     return at, (jnp.array([[0.3, -0.6], [0.2, 0.5]]), jnp.asarray(0.4), jnp.asarray(1.5))
 
 
-@every_name
+# By `make test-slow`: solvers whose steps are made of what others' steps are made of.
+ALIKE = VARIANTS | {"midpoint", "ddim", "dpm_solver, 2", "dpmpp_2s", "dpmpp_2m", "unipc, 2, bh1", "dpmpp_3m, eta = 1"}
+assert ALIKE < set(NAMES)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in NAMES]
+)
 def test_gradients_against_differences(name, x64):
     at, direction = gradient_arguments()
     gradient_at = jax.jit(jax.value_and_grad(loss_of(name)))

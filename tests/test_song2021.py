@@ -357,7 +357,8 @@ def test_ode_sampler(name, denoise):
 # Likelihoods.
 
 
-@pytest.mark.parametrize("name", [pytest.param("subvp", marks=pytest.mark.slow), "ve"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["subvp", "ve"])
 def test_likelihood(name):
     g = golden(f"likelihood_{name}")
     weights = params(name, float(g["ode_damp"]))

@@ -21,7 +21,9 @@ _SMALL, _PACKED = 2**18, 2**26
 
 def flatten(name, tree):
     """A tree as {"path/of/leaf": leaf}, in the order of its leaves."""
-    leaves, names, parents = {}, set(), set()
+    leaves: dict[str, Any] = {}
+    names: set[str] = set()
+    parents: set[str] = set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         text = jax.tree_util.keystr(path, simple=True, separator="/")
         dtype = getattr(leaf, "dtype", None)
