@@ -4,8 +4,9 @@
 
 start: seconds from the start of `experiments.train` to its first step, with an empty and with a filled cache of
 compiled programs. saves: images/s of the same run with a save every 50 steps and with none. save: bytes and seconds of
-a save. input: images/s of the input in one process, from memory at 32x32x3 and 256x256x3, and from files: 256x256
-crops of scikit-learn's two photographs as PNG and as JPEG (quality 95), which are decoded.
+a save, and of one with each array by itself, as checkpoints were written at first. input: images/s of the input in
+one process, from memory at 32x32x3 and 256x256x3, and from files: 256x256 crops of scikit-learn's two photographs as
+PNG and as JPEG (quality 95), which are decoded.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -27,6 +29,7 @@ from benchmarks import common
 from experiments import build, checks, cli, model, train
 from experiments.artefacts import Run, read_jsonl
 from jdiff import checkpoint, data
+from jdiff.checkpoint import _trees
 from jdiff.data import from_arrays
 
 SAVES = 50
@@ -103,8 +106,14 @@ def _save(options, folder):
     like = train._state_shapes(config, described, build.optimiser(config))
     keys = map(jax.random.key, itertools.count())  # arrays that are not alike, which would compress too well
     state = jax.tree.map(lambda s: jax.random.normal(next(keys), s.shape).astype(s.dtype), like)
+    layouts = {"small arrays as one": _trees._SMALL, "each array by itself": -1}
+    return {"save": {name: _saves_of(state, folder / name, small) for name, small in layouts.items()}}
+
+
+def _saves_of(state, folder, small):
+    """Medians of ten saves, with arrays of up to so many bytes written as one."""
     times = {"seconds_blocked": [], "seconds_until_on_disk": [], "cpu_seconds": []}
-    with checkpoint.open_manager(str(folder), keep=3) as manager:
+    with mock.patch.object(_trees, "_SMALL", small), checkpoint.open_manager(str(folder), keep=3) as manager:
         for step in range(1, 16):
             start, cpu = time.perf_counter(), time.process_time()
             checkpoint.save(manager, step, state._replace(step=jax.numpy.int32(step))._asdict())
@@ -116,7 +125,7 @@ def _save(options, folder):
     leaves = jax.tree.leaves(state)
     found = {name: statistics.median(values[5:]) for name, values in times.items()}
     found |= {"arrays": len(leaves), "bytes_of_arrays": sum(leaf.nbytes for leaf in leaves), "bytes_on_disk": size}
-    return {"save": found}
+    return found
 
 
 def _input(options, folder):

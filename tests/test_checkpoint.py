@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jdiff import checkpoint, parallel, training
-from jdiff.checkpoint import _digests, _trees, store
+from jdiff.checkpoint import _digests, _together, _trees, store
 
 KEY, WIDTH = jax.random.key(11), 2048  # arrays large enough to be files of their own, or to be packed
 META = {"config": {"rate": 1e-2, "widths": [4, 8]}, "versions": {"jax": "any"}}
@@ -403,6 +403,61 @@ def test_packed_bytes_have_a_limit(monkeypatch):
     monkeypatch.setattr(_trees, "_PACKED", 100)
     stored, first = _trees.pack({name: np.full(10, n, np.float32) for n, name in enumerate("abc")})
     assert first == {"a": 0, "b": 40} and set(stored) == {"c", _trees.PACKED} and stored[_trees.PACKED].nbytes == 80
+
+
+def test_arrays_of_one_process_of_several_are_not_packed(monkeypatch):
+    """Process 0 alone writes packed bytes: what the others mean by a name would be lost. Orbax refuses them."""
+    assert _trees.pack({"a": jnp.ones(3)})[1] == {"a": 0}
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert not _trees.pack({"a": jnp.ones(3)})[1]
+
+
+def test_a_barrier_after_a_failure_lets_nobody_through(monkeypatch):
+    """Neither where the names differ nor afterwards: what comes behind it is that a step is made complete."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    barrier, names = _together.Barrier("here"), [{"written"}, {"written", "begun"}]
+    monkeypatch.setattr(barrier, "_names", lambda key, timeout: names.pop(0))
+    barrier(key="written", timeout_ms=1)
+    for _ in range(2):
+        with pytest.raises(_together.OtherProcessError):
+            barrier(key="written", timeout_ms=1)
+    assert not names
+
+
+def test_a_step_is_whole_though_older_ones_cannot_be_deleted(tmp_path):
+    def refuse(steps):
+        raise OSError("in use")
+
+    with checkpoint.open_manager(str(tmp_path), keep=1) as manager:
+        checkpoint.save(manager, 1, {"a": jnp.ones(3)})
+        manager.wait_until_finished()
+        manager._checkpoint_deleter.delete_steps = refuse
+        checkpoint.save(manager, 2, {"a": jnp.zeros(3)})
+        with pytest.raises(checkpoint.SaveError, match=r"step 2 was written to .*, but not what follows it: .*in use"):
+            manager.wait_until_finished()
+        assert not checkpoint.save(manager, 2, {"a": jnp.zeros(3)}, force=True)
+        np.testing.assert_array_equal(checkpoint.restore(manager, {"a": jnp.ones(3)})["a"], 0)
+
+
+def test_an_interrupted_wait_does_not_write_again_what_is_there(tmp_path, monkeypatch):
+    """Ctrl-C while a save is waited for: Orbax forgets the step, and would delete it to write it again."""
+
+    def interrupt():
+        thread.join(60)
+        raise KeyboardInterrupt
+
+    with checkpoint.open_manager(str(tmp_path)) as manager:
+        checkpoint.save(manager, 1, {"a": jnp.ones(3)})
+        thread = manager._finalize_thread.get_not_none()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(
+                manager._finalize_thread,
+                "get_not_none",
+                lambda: types.SimpleNamespace(step=thread.step, name=thread.name, join=interrupt),
+            )
+            manager.wait_until_finished()
+        assert not checkpoint.save(manager, 1, {"a": jnp.ones(3)}, force=True)
+        assert manager.all_steps() == [1]
 
 
 def test_small_arrays_are_one_of_orbax(tmp_path):

@@ -48,6 +48,9 @@ class Manager(ocp.CheckpointManager):
     end of `with open_manager(...) as manager`).
     """
 
+    interrupted: bool = False
+    """Whether a wait for a save was cut short, as by Ctrl-C."""
+
     def __init__(self, directory: epath.Path, options: ocp.CheckpointManagerOptions) -> None:
         self._given, self._number = options, next(_WRITERS) if not options.read_only else 0
         self._failures, self._left_over, self._closing = 0, False, False
@@ -82,9 +85,12 @@ class Manager(ocp.CheckpointManager):
             SaveError: it could not be written, by this process or another one. The next save may be tried as if
                 nothing had happened.
         """
+        before, self.interrupted = self.interrupted, True
         with self._all(self._writing) if self._writing is not None else contextlib.nullcontext():
             super().wait_until_finished()
-        self._writing = None  # not where the wait was interrupted: the next one finishes it
+        self._writing, self.interrupted = None, False
+        if before:  # Orbax has forgotten the step that it waited for
+            self.reload()
 
     def close(self) -> None:
         """Wait for the last save and release threads; a process that ends alone does not wait for the others."""
@@ -107,7 +113,7 @@ class Manager(ocp.CheckpointManager):
     def _failed(self, step, error):
         """Forget a step that could not be written, and what was written of it."""
         self.trusted.discard(step)
-        self._failures, self._writing = self._failures + 1, None
+        self._failures, self._writing, self.interrupted = self._failures + 1, None, False
         self._barrier.broken = True  # no thread waits there for processes that have failed
         # Orbax raises the error of a background save at every later call: only a new manager writes again.
         with contextlib.suppress(Exception):

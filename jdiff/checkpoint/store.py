@@ -65,6 +65,8 @@ def save(manager: Manager, step: int, items: Mapping[str, Any], *, force: bool =
         raise ValueError(f"{manager.directory} was opened read_only")
     if not force and step % manager.every:
         return False
+    if manager.interrupted:
+        manager.wait_until_finished()
     held = manager.all_steps()
     if step in held and step in manager.trusted:
         return False
