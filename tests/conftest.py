@@ -32,8 +32,20 @@ def pytest_addoption(parser):
     parser.addoption("--shuffle", type=int, metavar="SEED", help="the files, and the tests of each, in random order")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(config, items):
-    """In any order of the files and of their tests; each file stays whole, so that its fixtures are made once."""
+    """Make slow what slow_but leaves out; shuffle the files and the tests of each, whose fixtures are made once."""
+    some, found = set(), set()
+    for item in items:
+        if (marker := item.get_closest_marker("slow_but")) is not None:
+            where = item.nodeid.partition("[")[0]
+            fast = {(where, name) for name in marker.args if f"-{name}-" in f"-{item.callspec.id}-"}
+            some |= {(where, name) for name in marker.args}
+            found |= fast
+            if not fast:
+                item.add_marker("slow")
+    if some != found and not any("::" in arg for arg in config.args):
+        raise pytest.UsageError(f"slow_but names cases that are not there: {sorted(some - found)}")
     if (seed := config.getoption("shuffle")) is not None:
         draw, files = random.Random(seed), {}
         for item in items:

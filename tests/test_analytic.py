@@ -34,6 +34,7 @@ def integral(x, t, process, moment):
     return scipy.integrate.quad(integrand, -8, 8, points=points, epsabs=1e-13, epsrel=1e-11, limit=400)[0]
 
 
+@pytest.mark.slow_but("process0", "process2", "process5")
 @pytest.mark.parametrize("process", PROCESSES)
 def test_mixture_against_quadrature(x64, process):
     """The density of x_t and the posterior mean of x_0 by their defining integrals; the score by differentiation."""
@@ -88,6 +89,7 @@ def test_gaussian(x64, process):
         np.testing.assert_allclose(getattr(one, name)(x, t), getattr(same, name)(x, t), rtol=1e-10)
 
 
+@pytest.mark.slow_but("process0")
 @pytest.mark.parametrize("process", [jdiff.VP(), jdiff.EDM(), jdiff.Rectified()])
 def test_flow_maps_solve_the_probability_flow(x64, process):
     """Against SciPy's DOP853 on dx/dt = alpha' x_0 + sigma' eps, with the denoiser tested above."""

@@ -34,9 +34,8 @@ def mixture(process):
     )
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ("subvp", "edm") else name for name in CASES]
-)
+@pytest.mark.slow_but("ve", "rectified")
+@pytest.mark.parametrize("name", CASES)
 def test_density_bound_is_the_density_for_the_exact_field_and_end(name):
     """For every process and kind, at one x: equality with the density, and errors that say how far the draws spread."""
     process, kind = CASES[name]
@@ -178,6 +177,7 @@ def linear_run(ts, variance="posterior", draws=None, batch=4096, c=1.0, **option
     return run(jax.random.key(0), ts)
 
 
+@pytest.mark.slow_but("None-posterior", "2-forward")
 @pytest.mark.parametrize("variance", ["posterior", "forward"])
 @pytest.mark.parametrize("draws", [None, 2])
 def test_a_few_steps_equal_brute_force(variance, draws):

@@ -88,7 +88,8 @@ def test_probes_are_unbiased_for_the_log_density_and_the_jacobian_norm(x64, dive
     np.testing.assert_allclose(found.kinetic, np.full(count, float(exact.kinetic[0])), rtol=1e-12)
 
 
-@pytest.mark.parametrize("divergence", ["rademacher", pytest.param("exact", marks=pytest.mark.slow)])
+@pytest.mark.slow_but("rademacher")
+@pytest.mark.parametrize("divergence", ["rademacher", "exact"])
 def test_the_adjoint_converges_to_exact_differentiation_at_the_order_of_the_method(x64, divergence):
     p, x = params(), data()
     errors = []

@@ -84,18 +84,18 @@ def test_training_on_vectors_learns_the_conditional_mean():
 
         return jax.lax.scan(one, training.init_state(params, tx), jnp.arange(steps))[0].ema
 
-    params = train(network.init(jax.random.key(3), jnp.zeros((1, 2)), jnp.ones(1))["params"])
-    count, t = 4000, jnp.full(4000, 0.4)
-    v, x0 = draw(jax.random.key(4), count)
+    params = train(quick_jit(network.init)(jax.random.key(3), jnp.zeros((1, 2)), jnp.ones(1))["params"])
+    count, t = 4000, np.full(4000, 0.4, np.float32)
+    v, x0 = (np.asarray(value) for value in draw(jax.random.key(4), count))
     alpha, sigma = (float(c) for c in process.marginal(jnp.float32(0.4)))
-    x = alpha * x0 + sigma * jax.random.normal(jax.random.key(5), x0.shape)
+    x = alpha * x0 + sigma * np.random.default_rng(5).normal(size=x0.shape).astype(np.float32)
     cond, null = conditions.with_null({"vector": v})
-    mean = v @ matrix.T
+    mean = v @ np.asarray(matrix).T
     gain = lambda variance: alpha * variance / (alpha**2 * variance + sigma**2)
     given = mean + gain(spread**2) * (x - alpha * mean)
     without = gain(1 + spread**2) * x
     field = quick_jit(nn.as_field(network, params))
-    error = lambda out, want: float(jnp.sqrt(jnp.mean((out - want) ** 2)))
+    error = lambda out, want: np.sqrt(np.mean((np.asarray(out) - want) ** 2))
     apart = error(given, without)
     assert apart > 0.5
     assert error(field(x, t, cond), given) < 0.08 and error(field(x, t, null), without) < 0.08

@@ -237,6 +237,9 @@ def count(c, size, channels):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow_but(
+    "vp/ddpm/cifar10", "ve/ncsnv2/celeba", "subvp/cifar10_ddpmpp_continuous", "ve/cifar10_ncsnpp_continuous"
+)
 @pytest.mark.parametrize("row", ROWS)
 def test_the_network_has_the_published_size(row):
     text = importlib.import_module("configs." + row.replace("/", ".")).__doc__
@@ -259,6 +262,9 @@ def network_of(row):
     return c.network.to_json(sort_keys=True), c.loss.name
 
 
+@pytest.mark.slow_but(
+    "vp/ddpm/cifar10", "ve/ncsnv2/cifar10", "vp/cifar10_ddpmpp", "ve/ffhq_256_ncsnpp_continuous", "ve/cifar10_ncsnpp"
+)
 @pytest.mark.parametrize("row", {network_of(row): row for row in ROWS}.values())
 def test_the_network_of_a_smoke_twin_runs(row):
     """One row for each network; rows that share one differ in what other tests look at."""
@@ -285,6 +291,7 @@ def check_smoke(row, folder):
     assert images.shape == (8, 8, 8, 1) and images.max() <= 16
 
 
+@pytest.mark.slow_but("ve/cifar10_ncsnpp")
 @pytest.mark.parametrize("row", ["vp/ddpm/cifar10", "ve/cifar10_ncsnpp"])
 def test_a_smoke_twin_trains_is_evaluated_and_samples(row, tmp_path, monkeypatch):
     """With both discrete objectives; an MLP takes the network's place, whose programs take half a minute to compile."""

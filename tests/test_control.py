@@ -182,7 +182,8 @@ def standard_errors(x, mean, covariance):
     )
 
 
-@pytest.mark.parametrize("eta", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
+@pytest.mark.slow_but("0.0")
+@pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_moment_matching_samples_the_posterior(x64, eta):
     process = jdiff.VP()
     data = analytic.correlated_gaussian(process, MEAN, COVARIANCE)

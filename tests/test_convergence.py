@@ -273,21 +273,11 @@ def flow_slope(problem, case, steps=None, *, exact_start):
     return slope(steps, errors), solver.order
 
 
-# All six by `make test-slow`; these three have the kinds of time and noise that there are, two of them for one target.
-SOME = ("VP", "VE", "Rectified")
-QUICK = [("mixture", "VP"), ("mixture", "Rectified"), ("gaussian", "VE")]
-
-
-def slow_but(some, names):
-    return [name if name in some else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
+# The kinds of time and noise that there are.
+@pytest.mark.slow_but("mixture-VP", "mixture-Rectified", "gaussian-VE")
 @pytest.mark.parametrize(
     ("target", "process"),
-    [
-        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
-        for case in itertools.product(TARGETS, PROCESSES)
-    ],
+    [*itertools.product(TARGETS, PROCESSES)],
 )
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_order(name, target, process, x64, record_property):
@@ -386,7 +376,8 @@ def law(process, t, case):
     return moments(t)[0] * 0.7 + 0.8 * shrunk, variance(t) * (1 + 0.5 * shrunk**2 * variance(first) / variance(t))
 
 
-@pytest.mark.parametrize("process", slow_but(SOME, PROCESSES))
+@pytest.mark.slow_but("VP", "VE", "Rectified")
+@pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_weak_order(name, process, x64, record_property):
     """Mean and variance converge to those of the SDE, from a start off the marginal."""

@@ -58,6 +58,7 @@ def test_a_flow_starts_as_the_gaussian_of_its_data(family):
     np.testing.assert_allclose(bits, expected, rtol=2e-3)
 
 
+@pytest.mark.slow_but("coupling")
 @pytest.mark.parametrize("family", CONFIGS)
 def test_one_call_each_trains_evaluates_and_draws(family, tmp_path):
     config, run = CONFIGS[family].get_config("smoke"), Run(str(tmp_path / family))

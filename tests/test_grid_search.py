@@ -37,6 +37,7 @@ def candidates(process, count, batch=64, t_min=None, std=0.1):
     return exact, ts, path
 
 
+@pytest.mark.slow_but("1-1.0", "2-0.25", "4-0.25", "9-1.0")
 @pytest.mark.parametrize("power", [0.25, 1.0])
 @pytest.mark.parametrize("n", [1, 2, 4, 9])
 def test_no_other_grid_is_cheaper(n, power, x64):
@@ -99,14 +100,15 @@ def test_kl_is_that_of_the_discretised_path(x64):
     assert got == pytest.approx(want, rel=0.02)
 
 
+@pytest.mark.slow_but("VE-dpmpp_2m")
 @pytest.mark.parametrize(
     ("process", "name"),
     [
         ("VP", "ddim"),
         ("VE", "dpmpp_2m"),
-        pytest.param("EDM", "ddim", marks=pytest.mark.slow),
-        pytest.param("Cosine", "dpmpp_2m", marks=pytest.mark.slow),
-        pytest.param("Rectified", "heun", marks=pytest.mark.slow),
+        ("EDM", "ddim"),
+        ("Cosine", "dpmpp_2m"),
+        ("Rectified", "heun"),
     ],
 )
 def test_refined_grids_are_better_than_the_usual_ones(process, name, x64):
@@ -206,7 +208,8 @@ def test_bad_input_to_refine():
         grid_search.refine_grid(solvers.ddim(process, exact.denoise, 0.5), x, end, ts)
 
 
-@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("VP", "EDM")), "Rectified"])
+@pytest.mark.slow_but("Rectified")
+@pytest.mark.parametrize("name", ["VP", "EDM", "Rectified"])
 def test_best_grids_serve_stochastic_sampling(name):
     """Energy distance of ancestral samples in 10 steps to the data: less than on all usual grids."""
     process = PROCESSES[name]

@@ -102,6 +102,7 @@ def test_scale_one_has_the_likelihood_of_the_class(x64, how):
 # --- Any kind, any process. ---
 
 
+@pytest.mark.slow_but("VP", "VE", "Rectified")
 @pytest.mark.parametrize("name", PROCESSES)
 def test_all_kinds_are_guided_alike(x64, name):
     # Convert, guide and convert back = guide: the maps are affine, and their terms in x are the same for all fields.

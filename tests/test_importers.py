@@ -45,6 +45,7 @@ def test_the_example_is_read():
     jax.tree.map(np.testing.assert_array_equal, checkpoint_files.nest(params), tree["params_ema"])
 
 
+@pytest.mark.slow_but("ddpmpp", "ncsnpp_skip")
 @pytest.mark.parametrize("name", SMALL)
 def test_a_round_trip_gives_identical_outputs(name, tmp_path):
     network, recorded = nn_reference.small(name), nn_reference.load(name)
@@ -74,6 +75,7 @@ def test_a_round_trip_gives_identical_outputs(name, tmp_path):
         np.testing.assert_array_equal(field(ours), expected)
 
 
+@pytest.mark.slow
 def test_published_networks_of_the_port_fit():
     """Full networks by name and shape: where a leaf stands shows in its number, and its layout in its shape."""
     full = {"image_size": 32, "levels": 4, "attention": (16,)}

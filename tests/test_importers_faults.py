@@ -209,7 +209,8 @@ def mutate(good, spots, rng):
     return bytes(data)
 
 
-@pytest.mark.parametrize("number", [250, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.slow_but("250")
+@pytest.mark.parametrize("number", [250, 1000])
 @pytest.mark.parametrize("layout", ["flax", "port"])
 def test_mutated_files_are_refused_or_whole(layout, number, tmp_path, monkeypatch):
     """Only ValueError, or finite parameters of the network's structure; in bounded time and memory."""

@@ -185,6 +185,7 @@ def test_the_score_is_the_gradient_of_the_density(x64, name):
     np.testing.assert_allclose(interpolants.score(PATHS[name], noise)(x, t), want, rtol=1e-9)
 
 
+@pytest.mark.slow_but("bridge-x1", "encoding-decoding-x0")
 @pytest.mark.parametrize("towards", ["x0", "x1"])
 @pytest.mark.parametrize("name", ["bridge", "encoding-decoding"])
 def test_sdes_arrive_at_both_ends(x64, name, towards):

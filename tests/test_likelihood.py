@@ -62,6 +62,7 @@ def draw(process, distribution, batch=BATCH):
     return jdiff.processes.perturb(process, x0, eps, process.t_min)
 
 
+@pytest.mark.slow_but("vp", "ve", "rectified")
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_density_at_t_min(name):
     """Within 1e-4 nats per dimension at rtol = atol = 1e-5 in float32; the latent leads back to the data."""

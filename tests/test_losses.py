@@ -123,6 +123,7 @@ def test_weights_in_float32_at_both_ends(name):
             np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-30, err_msg=kind)
 
 
+@pytest.mark.slow_but("x0-vp", "eps-ve", "v-vp", "score-vp", "velocity-rectified")
 @pytest.mark.parametrize("name", ["vp", "ve", "rectified"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_exact_field_attains_the_minimum(name, kind):

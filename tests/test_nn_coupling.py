@@ -15,6 +15,7 @@ def flow(event, seed=0, **options):
     return module, jax.tree.map(lambda p: jnp.asarray(0.4 * rng.normal(size=p.shape), jnp.float64), params)
 
 
+@pytest.mark.slow_but("event1", "event2")
 @pytest.mark.parametrize("event", [(4, 4, 1), (2, 2, 2), (5,), (3, 3, 1)])
 def test_log_determinant_and_inverse_are_those_of_the_map(x64, event):
     module, params = flow(event, depth=8)

@@ -45,14 +45,12 @@ def _network(make, noise_level, **changes):
     return make(noise_level, **(sizes | changes))
 
 
-FAST = {
+NETWORKS = {
     "residual": fourier(**RESIDUAL, **THREE),
     "residual_plain": labelled(**RESIDUAL, **DDPM, fir=False, rescale=False, activation="elu"),
     "skip_cat": fourier(**SKIP, **THREE, progressive_combine="cat"),
     "skip_plain": fourier(**SKIP, **DDPM, fir=False, resamp_with_conv=False, activation="lrelu"),
     "ncsnv2_64": nn.ncsnv2(scale, channels=8, center_input=True),
-}
-SLOW = {
     "mixed": labelled(
         progressive="residual", progressive_input="input_skip", **DDPM, **THREE, center_input=False, sigma=None
     ),
@@ -76,24 +74,19 @@ def _check(name, network):
     assert np.abs(ours - expected).max() <= 2e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.slow_but("residual", "skip_cat", "ncsnv2_64")
+@pytest.mark.parametrize("name", NETWORKS)
 def test_options(name):
-    _check(name, FAST[name])
+    _check(name, NETWORKS[name])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
-def test_more_options(name):
-    _check(name, SLOW[name])
-
-
+@pytest.mark.slow_but("skip_cat", "mixed2")
 @pytest.mark.parametrize(
     "name",
-    ["ncsnv2_64", "skip_cat", "mixed2", "ddpm_plain"]
-    + [pytest.param(name, marks=pytest.mark.slow) for name in ("skip_plain", "residual", "residual_plain")],
+    ["ncsnv2_64", "skip_cat", "mixed2", "ddpm_plain", "skip_plain", "residual", "residual_plain"],
 )
 def test_bfloat16_and_derivatives_of_every_option_trace(name):
-    network = (FAST | SLOW)[name].clone(dtype=jnp.bfloat16)
+    network = NETWORKS[name].clone(dtype=jnp.bfloat16)
     x, t = jnp.zeros((2, 8, 8, 3), jnp.float32), jnp.ones(2, jnp.float32)
     params = jax.eval_shape(lambda: network.init(jax.random.key(0), x, t)["params"])
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}

@@ -61,7 +61,8 @@ PUBLISHED = [
 ]
 
 
-@pytest.mark.parametrize("old_norms", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow_but("deep-False", "ncsnv2_full-False")
+@pytest.mark.parametrize("old_norms", [False, True])
 @pytest.mark.parametrize("name,network,count", PUBLISHED, ids=[name for name, *_ in PUBLISHED])
 def test_published_sizes_leaf_by_leaf(name, network, count, old_norms):
     shapes = nn_reference.shapes(name)

@@ -47,6 +47,7 @@ def test_the_determinant_of_a_linear_step(x64):
     np.testing.assert_allclose(trace, np.full(3, -0.5), atol=1e-12)
 
 
+@pytest.mark.slow_but("VP", "Rectified")
 @pytest.mark.parametrize("name", common.PROCESSES)
 def test_continuity(x64, name):
     found = continuity.measure(points=24, grids=(32, 64, 128), processes={name: common.PROCESSES[name]})["numbers"]
@@ -154,11 +155,8 @@ def test_the_conditional_mean_sees_the_sign(x64, backwards):
     assert numbers["regression: chi2 / degrees of freedom"] > 10
 
 
-# An adaptive solve to compile for each: half of them are enough for the fast tests.
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("SubVP", "EDM", "Cosine")]
-
-
-@pytest.mark.parametrize("name", ["VP", "VE", "Rectified", *SLOW])
+@pytest.mark.slow_but("VP", "Rectified")
+@pytest.mark.parametrize("name", common.PROCESSES)
 def test_the_noise_of_the_reverse_process_keeps_the_marginals(x64, name):
     residual, mean, variance = marginals.laws(common.PROCESSES[name], etas=(0.0, 0.7, 2.0), points=16)
     assert residual < 1e-12

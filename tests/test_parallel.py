@@ -61,6 +61,7 @@ def reference():
     return results
 
 
+@pytest.mark.slow_but("jit-8-sgd", "jit-4-adam", "shard_map-8-adam", "shard_map-2-sgd", "pmap-8-adam", "pmap-1-sgd")
 @pytest.mark.parametrize(("devices", "name"), [(1, "sgd"), (2, "sgd"), (4, "adam"), (8, "sgd"), (8, "adam")])
 @pytest.mark.parametrize("how", ["jit", "shard_map", "pmap"])
 def test_one_result(how, devices, name, reference):
@@ -87,6 +88,7 @@ def test_one_result(how, devices, name, reference):
     assert traces == [(BATCH if how == "jit" else BATCH // devices,)]
 
 
+@pytest.mark.slow_but("jit-1-1-2", "jit-8-4-2", "shard_map-8-4-2", "pmap-8-1-1")
 @pytest.mark.parametrize(("devices", "fsdp", "accumulate"), [(1, 1, 2), (4, 1, 2), (8, 1, 1), (8, 4, 2)])
 @pytest.mark.parametrize("how", ["jit", "shard_map", "pmap"])
 def test_a_padded_batch_is_the_unpadded_one(how, devices, fsdp, accumulate):
@@ -175,6 +177,7 @@ def test_fsdp_by_xla():
     assert PARAMETER_BYTES <= reduced <= PARAMETER_BYTES + METRIC_BYTES + 4 * 3
 
 
+@pytest.mark.slow_but("jit-8-adam", "jit-2-sgd", "shard_map-4-adam", "shard_map-8-sgd")
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("fsdp", [2, 4, 8])
 @pytest.mark.parametrize("how", ["jit", "shard_map"])

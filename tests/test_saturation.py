@@ -39,6 +39,7 @@ def thresholded(x0, quantile, low, high):
     return np.stack(out)
 
 
+@pytest.mark.slow_but("VP", "VE", "Rectified")
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
 def test_they_act_on_x0_for_every_kind(x64, process):
     strong, weak = predictions()

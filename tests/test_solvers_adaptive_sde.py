@@ -58,7 +58,8 @@ def test_against_the_published_algorithm(process, x64):
     assert rejected > 0 and not bool(got.failed.any())
 
 
-@pytest.mark.parametrize("name", [pytest.param("VP", marks=pytest.mark.slow), "Rectified"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["VP", "Rectified"])
 def test_samples_follow_the_data(name):
     """Mean, covariance and weights of the mixture, within four standard errors of 2,000 samples and 0.02 of bias."""
     process = {"VP": processes.VP(), "Rectified": processes.Rectified()}[name]

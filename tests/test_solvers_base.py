@@ -24,15 +24,18 @@ from jdiff import analytic, processes, sde, solvers
 from jdiff._array import fold_in
 
 NAMES = (*DETERMINISTIC, *STOCHASTIC)
-# By `make test-slow`: other orders and other options of solvers that are among the fast ones.
-VARIANTS = {
-    *("exponential_adams, 2", "deis, 2", "deis, 3", "unipc, 2, bh2", "unipc, 2, last corrector"),
-    *("unipc, 3, last corrector", "euler_maruyama, eta = 0.5", "ancestral, large", "ddim, eta = 0.5"),
-    *("stochastic_heun, eta = 0.5", "dpmpp_2m, eta = 0.5"),
-}
-assert VARIANTS < set(NAMES)
-every_name = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in NAMES]
+every_name = pytest.mark.parametrize("name", NAMES)
+# One of each way to make a step; the others, which are made of the same, are slow.
+KINDS = (
+    "euler",
+    "rk4",
+    "edm",
+    "dpm_solver, 3",
+    "dpmpp_3m",
+    "unipc, 3",
+    "ancestral, small",
+    "stochastic_heun",
+    "dpmpp_2m, eta = 1",
 )
 
 
@@ -61,6 +64,7 @@ def test_the_orders_that_solvers_tell():
     assert {factory: factory(PROCESSES["VP"], denoise).order for factory in unsaid} == unsaid
 
 
+@pytest.mark.slow_but(*KINDS)
 @every_name
 def test_integrate_is_the_loop(name, x64):
     process, x, keys = PROCESSES["VP"], state(), jax.random.split(KEY, 3)
@@ -124,14 +128,8 @@ def gradient_arguments():
     return at, (jnp.array([[0.3, -0.6], [0.2, 0.5]]), jnp.asarray(0.4), jnp.asarray(1.5))
 
 
-# By `make test-slow`: solvers whose steps are made of what others' steps are made of.
-ALIKE = VARIANTS | {"midpoint", "ddim", "dpm_solver, 2", "dpmpp_2s", "dpmpp_2m", "unipc, 2, bh1", "dpmpp_3m, eta = 1"}
-assert ALIKE < set(NAMES)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in NAMES]
-)
+@pytest.mark.slow_but("heun", "dpmpp_3m", "deis, 4", "ancestral, learned", "ddim, eta = 1", "dpmpp_2m, eta = 1")
+@every_name
 def test_gradients_against_differences(name, x64):
     at, direction = gradient_arguments()
     gradient_at = jax.jit(jax.value_and_grad(loss_of(name)))
@@ -152,6 +150,7 @@ def test_remat_changes_nothing(name, x64):
     assert count(True) > count(False)  # the steps are computed again
 
 
+@pytest.mark.slow_but(*KINDS)
 @every_name
 def test_a_tree_is_its_leaves(name, x64):
     """A field that treats the arrays of a state alike gives each what it gets alone."""
@@ -180,6 +179,7 @@ def test_white_noise_of_a_tree_differs_between_its_leaves():
         solvers.white(None, jnp.zeros((3, 4)), None, None)
 
 
+@pytest.mark.slow_but(*KINDS)
 @every_name
 def test_a_field_gets_its_own_dtype(name):
     """x and t arrive in the state's dtype, t as (batch,), and the state keeps its dtype."""
@@ -198,6 +198,7 @@ def test_a_field_gets_its_own_dtype(name):
         seen.clear()
 
 
+@pytest.mark.slow_but("VP", "VE", "Rectified")
 @every_process
 def test_float32_down_to_t_min(process):
     """From t_max (or just below, for Euler-Maruyama) to t_min in eight steps, as far as float32 has digits."""
@@ -222,6 +223,7 @@ def test_float32_down_to_t_min(process):
     np.testing.assert_allclose(single, double, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow_but(*KINDS)
 @every_name
 def test_new_numbers_do_not_trace_again(name):
     traces = []

@@ -30,6 +30,7 @@ def clock(process, ts):
     return np.arctan2(np.asarray(sigma, np.float64), np.asarray(alpha, np.float64))
 
 
+@pytest.mark.slow_but("Rectified")
 @every_process
 def test_steps_are_independent_unit_normals(process):
     z = np.asarray(draw(process, times.karras(process, 6)))
@@ -40,6 +41,7 @@ def test_steps_are_independent_unit_normals(process):
     np.testing.assert_allclose(z @ z.T / size, np.eye(6), atol=4 * np.sqrt(2 / size))
 
 
+@pytest.mark.slow_but("VP")
 @every_process
 def test_short_steps_add_up_to_long_ones(process):
     fine = times.uniform_log_snr(process, 12)

@@ -107,6 +107,7 @@ def test_the_second_exponential_integral_of_short_steps():
     np.testing.assert_allclose(exponential._expm1_over(jnp.asarray(h)), want, rtol=1e-5, atol=5e-7)
 
 
+@pytest.mark.slow_but("Rectified")
 @pytest.mark.parametrize("process", [PROCESSES["Rectified"], PROCESSES["Cosine"]], ids=["Rectified", "Cosine"])
 def test_steps_from_pure_noise_take_the_denoiser_at_its_word(process, x64):
     """Where alpha = 0, x_t says nothing of x_0: x_s = alpha_s x_0 + sigma_s (kept x_t + fresh z), all finite."""

@@ -42,6 +42,7 @@ def test_against_diffrax_on_a_mixture_flow(x64):
 ADJOINTS = {"checkpoint": diffrax.RecursiveCheckpointAdjoint(), "backsolve": diffrax.BacksolveAdjoint()}
 
 
+@pytest.mark.slow_but("backsolve")
 @pytest.mark.parametrize("adjoint", ADJOINTS)
 def test_diffrax_differentiates_our_ode_backwards(adjoint, x64):
     """By the start and by a parameter, which the backsolve must find in diffrax's args."""

@@ -64,6 +64,7 @@ def test_deis_is_its_published_formula(process, order, x64):
     close(got, want, 1e-8)
 
 
+@pytest.mark.slow_but("VP", "VE", "Rectified")
 @every_process
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_exponential_adams_integrates_the_interpolating_polynomial(process, order, x64):
@@ -165,6 +166,7 @@ def test_sde_exponential_adams_integrates_the_interpolating_polynomial(process, 
     close(solvers.integrate(keys, solvers.dpmpp_3m(process, denoise, 0.6), x, p.ts)[0], want)
 
 
+@pytest.mark.slow_but("VP", "VE", "Rectified")
 @every_process
 def test_multistep_solvers_without_noise_are_their_ode(process, x64):
     """An array that holds 0 takes the branch with noise; eta = 1 starts with ancestral sampling."""

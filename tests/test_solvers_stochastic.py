@@ -97,6 +97,7 @@ def test_edm_is_its_published_algorithm(process, churn, x64):
         close(one_step(solver, x, *p.ts, keys), one_step(solvers.edm(process, denoise), x, *p.ts))
 
 
+@pytest.mark.slow_but("VP", "Rectified")
 @every_process
 def test_churn_keeps_the_marginals(process, x64):
     """With the exact denoiser of a Gaussian, 200 steps with churn lead to its mean and variance, whatever the noise."""

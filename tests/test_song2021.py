@@ -158,7 +158,8 @@ def divergence(name):
     return lambda x, t, eps: song2021.divergence(PROCESSES[name], score(name), x, times(t), eps, params(name))
 
 
-@pytest.mark.parametrize("name", [pytest.param("vp", marks=pytest.mark.slow), "ve"])
+@pytest.mark.slow_but("ve")
+@pytest.mark.parametrize("name", ["vp", "ve"])
 def test_divergence(name):
     g, of = golden(f"score_{name}"), divergence(name)
     x = jnp.asarray(g["x"])
@@ -197,7 +198,8 @@ def test_losses(name):
             np.testing.assert_allclose(ours.mean(), g[f"loss_rm{mean}_lw{weighting}"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["vp", pytest.param("ve", marks=pytest.mark.slow)])
+@pytest.mark.slow_but("vp")
+@pytest.mark.parametrize("name", ["vp", "ve"])
 def test_step_of_the_optimiser(name):
     """Of the rows' own optimiser and average: the gradient, the change of the weights and of their average."""
     g = golden(f"loss_{name}")
@@ -341,9 +343,8 @@ def test_noise_drawn_from_keys_is_standard_and_fresh():
     np.testing.assert_allclose(np.cov(np.asarray(x).T), variance * np.eye(3), atol=0.1 * variance)
 
 
-@pytest.mark.parametrize(
-    ("name", "denoise"), [("vp", 1), *(pytest.param(name, 0, marks=pytest.mark.slow) for name in ("vp", "subvp"))]
-)
+@pytest.mark.slow_but("vp-1")
+@pytest.mark.parametrize(("name", "denoise"), [("vp", 1), ("vp", 0), ("subvp", 0)])
 def test_ode_sampler(name, denoise):
     g = golden(f"ode_sampler_{name}")
     weights = params(name, float(g["ode_damp"]))
@@ -396,9 +397,9 @@ def test_bits_per_dim_of_a_normal_distribution(probe):
 
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory):
-    """A network of two channels, trained for two steps."""
+    """A residual MLP, trained for two steps."""
     run, c = Run(tmp_path_factory.mktemp("song2021") / "run"), smoke.get_config()
-    c.network.options = {"size": "small", "channels": 4, "multipliers": (1,), "blocks": 1, "groups": 2}
+    c.network.name, c.network.options = "mlp", {"width": 8, "depth": 1}
     c.training.steps = c.training.log_every = c.training.validate_every = c.training.checkpoint_every = 2
     c.likelihood.batch_size = c.likelihood.images = c.sampling.number = c.sampling.batch_size = 8
     c.likelihood.tolerance_images = 0
@@ -565,6 +566,7 @@ def test_every_row_passes_the_check_of_the_protocol(row):
 # The library's own functions, where they are the same.
 
 
+@pytest.mark.slow_but("vp-eps")
 @pytest.mark.parametrize("name,kind", [("vp", "eps"), ("ve", "score")])
 def test_library_gives_the_same_score_flow_and_divergence(name, kind):
     """Away from t = 0, where only the reference's 1 - exp(.) differs: convert, probability_flow, the traces."""
