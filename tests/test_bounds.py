@@ -267,17 +267,21 @@ def test_decoders():
     z = jnp.array([[0.3], [-0.2], [1.7]])
     t = jnp.full((3,), 0.1)
     alpha, sigma = (float(c[0]) for c in EIGHT.marginal(t))
-    each = [jnp.full((3, 1), k) for k in range(4)]
-    posterior = np.stack([np.exp(bounds.decode(EIGHT, z, t, k, LEVELS)) for k in each])
+    each = [np.full((3, 1), k, np.int32) for k in range(4)]
+    decode = jax.jit(lambda k: bounds.decode(EIGHT, z, t, k, LEVELS))
+    posterior = np.stack([np.exp(decode(k)) for k in each])
     centers = np.array([-0.75, -0.25, 0.25, 0.75])[:, None]
     q = scipy.stats.norm.pdf(np.asarray(z)[:, 0][None], alpha * centers, sigma)
     np.testing.assert_allclose(posterior, q / q.sum(axis=0), rtol=1e-4)
-    cells = np.stack([np.exp(bounds.decode_cells(z, jnp.full((3,), 0.4), k, LEVELS)) for k in each])
+    decode_cells = jax.jit(bounds.decode_cells, static_argnums=3)
+    cells = np.stack([np.exp(decode_cells(z, np.full(3, 0.4, np.float32), k, LEVELS)) for k in each])
     edges = np.array([-np.inf, -0.5, 0, 0.5, np.inf])[:, None]
     want = np.diff(scipy.stats.norm.cdf(edges, np.asarray(z)[:, 0][None], 0.4), axis=0)
     np.testing.assert_allclose(cells, want, rtol=1e-4)
-    far = bounds.decode_cells(jnp.full((1, 1), -0.9), jnp.full((1,), 0.05), jnp.full((1, 1), 3), LEVELS)
-    np.testing.assert_allclose(far[0], scipy.stats.norm.logsf(0.5, -0.9, 0.05), rtol=1e-4)
+    far = decode_cells(
+        *(np.full(shape, value, np.float32) for shape, value in (((3, 1), -0.9), (3, 0.05))), each[3], LEVELS
+    )
+    np.testing.assert_allclose(far, np.full(3, scipy.stats.norm.logsf(0.5, -0.9, 0.05)), rtol=1e-4)
 
 
 def test_cells_decoder_uses_the_field_at_the_start():

@@ -262,9 +262,7 @@ def network_of(row):
     return c.network.to_json(sort_keys=True), c.loss.name
 
 
-@pytest.mark.slow_but(
-    "vp/ddpm/cifar10", "ve/ncsnv2/cifar10", "vp/cifar10_ddpmpp", "ve/ffhq_256_ncsnpp_continuous", "ve/cifar10_ncsnpp"
-)
+@pytest.mark.slow_but("vp/ddpm/cifar10", "ve/ncsnv2/cifar10", "ve/ffhq_256_ncsnpp_continuous")
 @pytest.mark.parametrize("row", {network_of(row): row for row in ROWS}.values())
 def test_the_network_of_a_smoke_twin_runs(row):
     """One row for each network; rows that share one differ in what other tests look at."""

@@ -274,7 +274,7 @@ def flow_slope(problem, case, steps=None, *, exact_start):
 
 
 # The kinds of time and noise that there are.
-@pytest.mark.slow_but("mixture-VP", "mixture-Rectified", "gaussian-VE")
+@pytest.mark.slow_but("mixture-VP", "gaussian-VE")
 @pytest.mark.parametrize(
     ("target", "process"),
     [*itertools.product(TARGETS, PROCESSES)],
@@ -295,6 +295,7 @@ def test_order(name, target, process, x64, record_property):
             assert measured > case.shipped - BAND
 
 
+@pytest.mark.slow_but("euler", "heun", "rk4", "edm", "dpm_solver, 3", "dpmpp_3m", "exponential_adams, 4", "unipc, 3")
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_encoding_has_the_same_order(name, x64):
     """From data to noise: the flow run the other way."""
@@ -376,7 +377,7 @@ def law(process, t, case):
     return moments(t)[0] * 0.7 + 0.8 * shrunk, variance(t) * (1 + 0.5 * shrunk**2 * variance(first) / variance(t))
 
 
-@pytest.mark.slow_but("VP", "VE", "Rectified")
+@pytest.mark.slow_but("VP", "Rectified")
 @pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_weak_order(name, process, x64, record_property):

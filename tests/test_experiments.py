@@ -412,7 +412,7 @@ def test_the_first_step_that_is_not_finite_is_named(done, monkeypatch):
         sample.sample(config, done)
 
 
-@pytest.mark.slow_but("dpmpp_2m")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpmpp_2m", "ancestral"])
 def test_a_searched_grid(name, done, tmp_path, capsys):
     run = Run(shutil.copytree(done.path, tmp_path / "run"))

@@ -45,7 +45,7 @@ def test_the_example_is_read():
     jax.tree.map(np.testing.assert_array_equal, checkpoint_files.nest(params), tree["params_ema"])
 
 
-@pytest.mark.slow_but("ddpmpp", "ncsnpp_skip")
+@pytest.mark.slow_but("ncsnpp_skip")
 @pytest.mark.parametrize("name", SMALL)
 def test_a_round_trip_gives_identical_outputs(name, tmp_path):
     network, recorded = nn_reference.small(name), nn_reference.load(name)

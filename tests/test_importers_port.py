@@ -27,6 +27,7 @@ def network(name):
     return nn_reference.small_network(jnp.log, nn.ncsnpp, **changes, **scaled)
 
 
+@pytest.mark.slow_but("ddpmpp", "ncsnpp_skip")
 @pytest.mark.parametrize("name", ["ddpm", "ddpmpp", "ncsnpp", "ncsnpp_skip"])
 def test_pytorch_gives_the_same_outputs(name, tmp_path):
     recorded, module = nn_reference.load("port"), network(name)

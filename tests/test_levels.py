@@ -315,13 +315,13 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"counts must be finite, not negative and of shape \(levels,\)"):
         merged_levels(np.asarray([1.0, -1.0]), 1)
     with pytest.raises(ValueError, match=r"log_prior must have shape \(3, 1, 17\)"):
-        level_field(process, net, prior)(jnp.zeros((2, 3, 1)), jnp.full(2, 0.5))
+        jax.eval_shape(level_field(process, net, prior), jnp.zeros((2, 3, 1)), jnp.full(2, 0.5))
     with pytest.raises(ValueError, match=r"17 logits per entry of x \(3, 2, 1\), got \(3, 2, 1, 16\)"):
-        level_field(process, _net(jnp.asarray(LOGITS[..., 1:])), prior)(x, t)
+        jax.eval_shape(level_field(process, _net(jnp.asarray(LOGITS[..., 1:])), prior), x, t)
     with pytest.raises(TypeError, match="float"):
-        level_field(process, net, prior)(jnp.zeros((3, *EVENT), jnp.int32), t)
+        jax.eval_shape(level_field(process, net, prior), jnp.zeros((3, *EVENT), jnp.int32), t)
     with pytest.raises(ValueError, match="t "):
-        level_field(process, net, prior)(x, jnp.full(2, 0.5))
+        jax.eval_shape(level_field(process, net, prior), x, jnp.full(2, 0.5))
     field = level_field(process, net, prior)
     alone, each = quick_jit(lambda x: (field(x, jnp.float32(0.5)), field(x, t)))(x)
     np.testing.assert_array_equal(alone, each)

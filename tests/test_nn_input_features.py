@@ -40,7 +40,7 @@ def test_the_transformer_sees_them():
     t = jnp.array([0.2, 0.8])
     wide = input_features(x, (1, 2))
     params = nn_reference.filled_params(make(), wide, t)
-    got = nn.as_field(make(input_frequencies=(1, 2)), params)(x, t)
-    np.testing.assert_allclose(got, nn.as_field(make(), params)(wide, t), rtol=1e-5, atol=1e-6)
+    got = jax.jit(nn.as_field(make(input_frequencies=(1, 2)), params))(x, t)
+    np.testing.assert_allclose(got, jax.jit(nn.as_field(make(), params))(wide, t), rtol=1e-5, atol=1e-6)
     assert got.shape == x.shape
     assert input_features(x, ()) is x

@@ -74,7 +74,7 @@ def _check(name, network):
     assert np.abs(ours - expected).max() <= 2e-5 * np.abs(expected).max()
 
 
-@pytest.mark.slow_but("residual", "skip_cat", "ncsnv2_64")
+@pytest.mark.slow_but("skip_cat", "ncsnv2_64")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_options(name):
     _check(name, NETWORKS[name])
@@ -98,6 +98,7 @@ def test_bfloat16_and_derivatives_of_every_option_trace(name):
     assert jax.tree.map(lambda a: (a.shape, a.dtype), gradient) == jax.tree.map(lambda a: (a.shape, a.dtype), params)
 
 
+@pytest.mark.slow
 def test_fresh_weights_of_ncsnv2_are_those_of_pytorch():
     network = nn.ncsnv2(None, channels=8, stages=((2, 2),), refinements=(2, 1))
     params = _fresh(network)
@@ -112,8 +113,8 @@ def test_fresh_weights_of_ncsnv2_are_those_of_pytorch():
 
 def test_fresh_weights_of_the_other_layers():
     x = jnp.zeros((1, 8, 8, 16), jnp.float32)
-    resampling = Downsample(16, fir=True).init(jax.random.key(0), x)["params"]["conv"]
-    block = ResidualBlock(32, dense=True).init(jax.random.key(0), x, None)["params"]
+    resampling = quick_jit(Downsample(16, fir=True).init)(jax.random.key(0), x)["params"]["conv"]
+    block = quick_jit(ResidualBlock(32, dense=True).init)(jax.random.key(0), x, None)["params"]
     images = _fresh(fourier(**SKIP, multipliers=(1,), attention=()))
     for leaf, fan_average, scale in (
         (resampling["kernel"], 9 * 16, 1),

@@ -34,6 +34,7 @@ def test_fourier_features(reference):
     np.testing.assert_allclose(ours, reference["fourier_embedding"], atol=1e-4)
 
 
+@pytest.mark.slow_but("ddpmpp", "ncsnpp")
 @pytest.mark.parametrize(
     "name,count", [("ddpmpp", 189_347), ("ncsnpp", 190_835), ("ncsnpp_skip", 175_174), ("ddpm", 685_731)]
 )
@@ -61,7 +62,7 @@ PUBLISHED = [
 ]
 
 
-@pytest.mark.slow_but("deep-False", "ncsnv2_full-False")
+@pytest.mark.slow_but("ddpm_full-False", "ncsnv2_full-False")
 @pytest.mark.parametrize("old_norms", [False, True])
 @pytest.mark.parametrize("name,network,count", PUBLISHED, ids=[name for name, *_ in PUBLISHED])
 def test_published_sizes_leaf_by_leaf(name, network, count, old_norms):

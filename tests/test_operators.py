@@ -1,5 +1,7 @@
 """Operators against their matrices, written out by NumPy and SciPy; inverses against dense solves."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,12 +44,12 @@ def independent(name, x):
     return np.moveaxis(np.asarray(blurred), 1, -1)
 
 
-def matrix(operator, n):
-    """The matrix of example n of a batch of two."""
+def matrices(operator):
+    """The matrices of the examples of a batch of two."""
     size = int(np.prod(operator.shape))
-    basis = jnp.eye(size).reshape(size, 1, *operator.shape)
-    both = jax.vmap(lambda e: operator.forward(jnp.broadcast_to(e, (2, *operator.shape)))[n])(basis)
-    return np.asarray(both).reshape(size, -1).T
+    basis = np.eye(size).reshape(size, 1, *operator.shape)
+    of_basis = jax.jit(jax.vmap(lambda e: operator.forward(jnp.broadcast_to(e, (2, *operator.shape)))))(basis)
+    return [np.asarray(of_basis[:, n]).reshape(size, -1).T for n in range(2)]
 
 
 NAMES = ["mask", "grey", "block_mean", "user", "reflect", "edge", "wrap", "zero"]
@@ -57,14 +59,15 @@ NAMES = ["mask", "grey", "block_mean", "user", "reflect", "edge", "wrap", "zero"
 def test_forward_adjoint_and_inverse(x64, name):
     operator = made(name)
     x = RNG.normal(size=(2, *SHAPE))
-    y = operator.forward(jnp.asarray(x))
+    y = jax.jit(operator.forward)(x)
     np.testing.assert_allclose(y, independent(name, x), rtol=1e-10, atol=1e-12)
     other = RNG.normal(size=y.shape)
-    back = operator.adjoint(jnp.asarray(other))
+    back = jax.jit(operator.adjoint)(other)
     signal, noise = np.array([0.7, 1.3]), np.array([0.4, 0.1])
-    u = operators.solve(operator, jnp.asarray(other), jnp.asarray(signal), jnp.asarray(noise), iterations=80)
+    u = jax.jit(functools.partial(operators.solve, operator, iterations=80))(other, signal, noise)
+    of_both = matrices(operator)
     for n in range(2):
-        a = matrix(operator, n)
+        a = of_both[n]
         gram = a @ a.T
         np.testing.assert_allclose(np.ravel(back[n]), a.T @ other[n].ravel(), rtol=1e-10, atol=1e-12)
         want = np.linalg.solve(signal[n] * gram + noise[n] * np.eye(len(a)), other[n].ravel())

@@ -129,6 +129,7 @@ def test_mistakes_are_named(call, error, match):
         call(lambda x, t: x, jnp.ones((2, SIZE)))
 
 
+@pytest.mark.slow_but("sliced")
 @pytest.mark.parametrize("name", ["implicit", "sliced"])
 def test_a_configured_loss_is_the_denoising_one_less_a_constant(name, monkeypatch, tmp_path):
     """With weight sigma^2 the constant is E|eps|^2 / D = 1; 4 standard errors (p = 6e-5) are under 0.1 of that."""

@@ -41,6 +41,7 @@ def test_dpmpp_2m_is_its_published_algorithm(process, x64):
     close(solvers.integrate(None, solvers.dpmpp_2m(process, denoise), jnp.array(x), times)[0], want)
 
 
+@pytest.mark.slow_but("VP", "Rectified")
 @pytest.mark.parametrize("process", [PROCESSES[name] for name in ("VP", "EDM", "Rectified")], ids=str)
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_deis_is_its_published_formula(process, order, x64):
@@ -128,6 +129,7 @@ def test_unipc_is_its_published_algorithm(process, order, last, variant, x64):
     close(solvers.integrate(None, solver, state(), p.ts)[0], want)
 
 
+@pytest.mark.slow_but("VP", "Rectified")
 @every_process
 @pytest.mark.parametrize("eta", [0.4, 1.0])
 def test_sde_dpmpp_2m_is_its_published_formula(process, eta, x64):

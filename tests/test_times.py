@@ -140,6 +140,7 @@ def test_draws_do_not_depend_on_how_the_batch_is_split(draw):
     assert not np.any(np.isclose(run(jax.random.key(1), process, index, 64)[0], t, rtol=1e-4))
 
 
+@pytest.mark.slow_but("vp", "ve", "rectified")
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize("draw", DRAWS)
 def test_draws_stay_in_range(name, draw):
