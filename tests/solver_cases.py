@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_convergence import DETERMINISTIC, PROCESSES, STOCHASTIC
+from solver_tables import DETERMINISTIC, PROCESSES, STOCHASTIC
 
 from jdiff import predictions, processes, solvers
 
@@ -75,6 +75,6 @@ def lagrange(nodes, j, u):
 
 
 def every_solver(process, denoise, noise=solvers.white):
-    """The rows of both tables of test_convergence.py for an x0-field, by name."""
+    """The rows of both tables of solver_tables.py for an x0-field, by name."""
     table = {name: case.make(process, denoise) for name, case in DETERMINISTIC.items()}
     return table | {name: case.make(process, denoise, noise) for name, case in STOCHASTIC.items()}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from test_convergence import DETERMINISTIC, STOCHASTIC
+from solver_tables import DETERMINISTIC, STOCHASTIC
 
 from jdiff import likelihood, predictions, processes, sampling, sde, solvers
 from jdiff._array import fold_in

@@ -18,7 +18,7 @@ from solver_cases import (
     one_step,
     state,
 )
-from test_convergence import DETERMINISTIC, STOCHASTIC
+from solver_tables import DETERMINISTIC, STOCHASTIC
 
 from jdiff import analytic, processes, sde, solvers
 from jdiff._array import fold_in

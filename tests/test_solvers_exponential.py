@@ -15,7 +15,7 @@ from solver_cases import (
     one_step,
     state,
 )
-from test_convergence import DETERMINISTIC
+from solver_tables import DETERMINISTIC
 
 from jdiff import solvers
 from jdiff._array import normal_like
