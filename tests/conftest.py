@@ -1,5 +1,6 @@
 """One strict session for every test: CPU, 8 simulated devices, no silent promotion, programs compiled quickly, once."""
 
+import contextlib
 import gc
 import os
 import pathlib
@@ -66,12 +67,53 @@ def _digits(tmp_path_factory):
     return folder
 
 
+@contextlib.contextmanager
+def _data_in(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(folder))
+        yield
+
+
 @pytest.fixture(scope="module")
 def digits(_digits):
     """TFDS_DATA_DIR with the digits in it, for the tests of a file and its fixtures."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TFDS_DATA_DIR", str(_digits))
+    with _data_in(_digits):
         yield
+
+
+@pytest.fixture(scope="session")
+def done(_digits, tmp_path_factory):
+    """The run folder of small_config(), trained once a worker; what the training left in it no test changes."""
+    from experiments_cases import small_config
+
+    from experiments.artefacts import Run
+    from experiments.train import train
+
+    run = Run(tmp_path_factory.mktemp("runs") / "done")
+    with _data_in(_digits):
+        assert train(small_config(), run) == 0
+    return run
+
+
+@pytest.fixture(scope="session")
+def place(_digits, tmp_path_factory):
+    """What the processes that test_reliability_*.py start share: the digits, and a folder for compiled programs."""
+    folder = tmp_path_factory.mktemp("reliability")
+    (folder / "tfds").symlink_to(_digits)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(place):
+    """The run that every disturbed one must equal, made once a worker; no test changes it."""
+    from reliability_cases import finish, start
+
+    from experiments.artefacts import Run
+
+    run = Run(str(place / "undisturbed"))
+    code, out = finish(start(place, run.path))
+    assert code == 0, out
+    return run
 
 
 @pytest.fixture
