@@ -3,11 +3,11 @@
     taskset -c 1 python -m benchmarks.mutation [--module jdiff/sde.py] [--count 300] [--seed 0]
 
 Each module is tested by the file of tests that mirrors it (fixed-step solvers by those of their family and of all of
-them, `integrate_adaptive` by its two), with one minute of one core for a mutant from start to end. A mutant is killed
-where a test fails, where nothing can be imported, or where one test does not end; it survives where all tests pass or
-the minute is over. Results are appended to OUT/mutation.jsonl one line a mutant, and what is there is not run again
-(`--again` runs survivors again, after new tests); a table and the survivors are printed and written to
-OUT/mutation.json.
+them, `integrate_adaptive` by its two, checkpoints by their four), with one minute of one core for a mutant from start
+to end. A mutant is killed where a test fails, where nothing can be imported, or where one test does not end; it
+survives where all tests pass or the minute is over. Results are appended to OUT/mutation.jsonl one line a mutant, and
+what is there is not run again (`--again` runs survivors again, after new tests); a table and the survivors are printed
+and written to OUT/mutation.json.
 
 Why not mutmut or cosmic-ray: both start an interpreter (and JAX) for each mutant, know no persistent compilation cache
 and mutate annotations and texts of errors. Here a parent that has imported JAX and the other packages, but not jdiff,
@@ -47,7 +47,12 @@ LIMIT = 60  # seconds of the processor
 MIRRORS = {
     **{f"jdiff/{name}.py": f"tests/test_{name}.py" for name in ("processes", "predictions", "sde", "losses")},
     **{f"jdiff/{name}.py": f"tests/test_{name}.py" for name in ("likelihood", "guidance", "training")},
-    **{f"jdiff/checkpoint/{name}.py": "tests/test_checkpoint.py" for name in ("manager", "store", "_trees")},
+    **{
+        f"jdiff/checkpoint/{name}.py": " ".join(
+            f"tests/test_checkpoint{of}.py" for of in ("", "_damage", "_mismatch", "_saves")
+        )
+        for name in ("manager", "store", "_trees")
+    },
     **{f"jdiff/times/{name}.py": "tests/test_times.py" for name in ("draws", "grids")},
     **{f"jdiff/solvers/{name}.py": f"tests/test_solvers_{name}.py" for name in ("adaptive_sde", "base", "brownian")},
     **{

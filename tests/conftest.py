@@ -5,6 +5,9 @@ import gc
 import os
 import pathlib
 import random
+import shutil
+import sys
+import time
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -93,6 +96,40 @@ def done(_digits, tmp_path_factory):
     with _data_in(_digits):
         assert train(small_config(), run) == 0
     return run
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory):
+    """The folder of checkpoint_cases.py's steps 2 and 4, and the states that belong to them; no test changes it."""
+    from checkpoint_cases import save_original
+
+    path = tmp_path_factory.mktemp("original") / "steps"
+    return path, save_original(path)
+
+
+@pytest.fixture
+def steps(original, tmp_path):
+    """A copy of the original, to be spoilt."""
+    return pathlib.Path(shutil.copytree(original[0], tmp_path / "steps"))
+
+
+@pytest.fixture(scope="module")
+def both_layouts():
+    """In all checkpoints of a file."""
+    from checkpoint_cases import both_layouts
+
+    with both_layouts():
+        yield
+
+
+@pytest.fixture(scope="module")
+def orphaned_reads():
+    """Where a read fails, Orbax closes its event loop under TensorStore's other reads, whose threads then complain."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda args: None if "Event loop is closed" in str(args.exc_value) else hook(args)
+    yield
+    time.sleep(0.5)
+    sys.unraisablehook = hook
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,169 @@
+"""A damaged step is named, with its file and fault, and passed over for the one before."""
+
+import json
+import shutil
+import types
+
+import jax
+import numpy as np
+import pytest
+from checkpoint_cases import Input, like, restore, run, same, state_of
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jdiff import checkpoint, parallel
+from jdiff.checkpoint import _digests, _trees, store
+
+pytestmark = pytest.mark.usefixtures("both_layouts", "orphaned_reads")
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(folder):
+    """64 flipped bytes in the middle of every file of array data."""
+    for path in (folder / "ocdbt.process_0" / "d").iterdir():
+        content = bytearray(path.read_bytes())
+        middle = len(content) // 2 - 32
+        content[middle : middle + 64] = bytes(255 - byte for byte in content[middle : middle + 64])
+        path.write_bytes(content)
+
+
+def exchange(item):
+    """Another step's arrays: files without a fault, that Orbax reads without a word."""
+    shutil.rmtree(item)
+    shutil.copytree(item.parents[1] / "2" / item.name, item)
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+DAMAGES = {
+    "truncated": (lambda step: largest(step / "params" / "d").write_bytes(b"OCDB"), "params"),
+    "deleted": (lambda step: largest(step / "opt_state" / "d").unlink(), "opt_state"),
+    "flipped": (lambda step: flip(step / "ema"), "the bits of ema/.* are not those that were saved"),
+    "exchanged": (lambda step: exchange(step / "ema"), "the bits of ema/dense/0/b, .* are not those that were saved"),
+    "no manifest": (lambda step: (step / "params" / "manifest.ocdbt").unlink(), "params"),
+    "no item": (lambda step: shutil.rmtree(step / "ema"), "ema: missing"),
+    "data edited": (lambda step: edit(step / "data" / "metadata", "4", "5"), "data: its digest disagrees"),
+    "meta edited": (lambda step: edit(step / "meta" / "metadata", "0.01", "0.02"), "meta: its digest disagrees"),
+    "meta empty": (lambda step: (step / "meta" / "metadata").write_bytes(b""), "meta"),
+    "hollow": (lambda step: (shutil.rmtree(step), step.mkdir()), "meta: missing"),
+    "another step's": (
+        lambda step: [exchange(step / item) for item in ("params", "meta")],
+        "meta: it was written for step 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named_and_passed_over(damage, steps, original):
+    spoil, where = DAMAGES[damage]
+    spoil(steps / "4")
+    message = f"step 4 is damaged: .*steps/4/.*{where}"
+    with pytest.warns(checkpoint.DamagedCheckpointWarning, match=f"{message}.*restored step 2 instead"):
+        restored = restore(steps, like())
+    assert restored["step"] == 2
+    same(state_of(restored), original[1][2])
+    with pytest.raises(checkpoint.DamagedCheckpointError, match=message):
+        restore(steps, like(), step=4)
+
+
+def test_every_flipped_bit_of_a_leaf_is_seen(original):
+    """The bits of a restored array, not of a file: one flip anywhere changes the digest, and so does an exchange."""
+    leaf = np.asarray(original[1][4].params["out"])
+    digest = _digests.digests({"": leaf})
+    assert digest[""][:8] != digest[""][8:]  # two sums, not one twice
+    digests = set(digest.values())
+    words = leaf.view(np.uint32)
+    for position in range(0, words.size, 500):
+        for bit in range(0, 32, 3):
+            changed = words.copy()
+            changed.ravel()[position] ^= np.uint32(1 << bit)
+            digests.update(_digests.digests({"": changed.view(np.float32)}).values())
+    assert len(digests) == 1 + len(range(0, words.size, 500)) * len(range(0, 32, 3))
+    exchanged = leaf[::-1].copy()
+    assert _digests.digests({"": exchanged}) != digest
+    assert _digests.digests({"": leaf.T.copy()}) != digest
+    assert _digests.digests({"": -np.zeros(3, np.float32)}) != _digests.digests({"": np.zeros(3, np.float32)})
+    for devices in (2, 4):  # whatever the sharding
+        mesh = parallel.data_mesh(jax.devices()[:devices])
+        for spec in (PartitionSpec("data"), PartitionSpec(None, "data"), PartitionSpec()):
+            assert _digests.digests({"": jax.device_put(leaf, NamedSharding(mesh, spec))}) == digest
+
+
+def test_a_run_goes_on_after_damage(steps, original):
+    exchange(steps / "4" / "ema")
+    source = Input()
+    with checkpoint.open_manager(steps, keep=2, every=2) as manager:
+        with pytest.warns(checkpoint.DamagedCheckpointWarning, match=r"the bits of ema/.*; restored step 2 instead"):
+            restored = checkpoint.restore(manager, like())
+        source.set_state(restored["data"])
+        run(state_of(restored), source, 4, manager)
+    same(state_of(restore(steps, like())), original[1][4])  # no warning: step 4 has been written again
+
+
+def test_nothing_usable(steps, tmp_path):
+    with checkpoint.open_manager(tmp_path / "new") as manager:
+        with pytest.raises(checkpoint.NoCheckpointError, match=r"no checkpoints in .*new"):
+            checkpoint.restore(manager, like())
+    with pytest.raises(checkpoint.NoCheckpointError, match="absent does not exist"):
+        checkpoint.open_manager(tmp_path / "absent", read_only=True)
+    assert not (tmp_path / "absent").exists()
+    for step in ("2", "4"):
+        (steps / step / "meta" / "metadata").unlink()
+    with pytest.raises(checkpoint.DamagedCheckpointError, match=r"every checkpoint is damaged: step 4 .*; step 2"):
+        restore(steps, like())
+
+
+def test_a_save_that_was_cut_short(steps, original):
+    """What a kill leaves is a folder under a temporary name; it is no checkpoint, and in nobody's way."""
+    unfinished = steps / "6.orbax-checkpoint-tmp"
+    shutil.copytree(steps / "4", unfinished)
+    (unfinished / "commit_success.txt").unlink(missing_ok=True)
+    largest(unfinished / "params").unlink()
+    source = Input()
+    with checkpoint.open_manager(steps, keep=2, every=2) as manager:
+        assert manager.all_steps() == [2, 4]
+        restored = checkpoint.restore(manager, like())
+        same(state_of(restored), original[1][4])
+        source.set_state(restored["data"])
+        final = run(state_of(restored), source, 6, manager)
+    same(state_of(restore(steps, like())), jax.tree.map(np.asarray, final))
+
+
+@pytest.mark.parametrize("byte", [-1, 1.5, "0", 10**9])
+def test_small_arrays_that_begin_at_no_byte_are_damage(byte, steps, original):
+    """Also where someone has made its digest right: never an error that is no damage, as older steps are good."""
+    path = steps / "4" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    meta.pop("sha256")
+    meta["items"]["params"]["leaves"]["dense/0/b"]["byte"] = byte
+    path.write_text(json.dumps(meta | {"sha256": _trees.sha256(meta)}))
+    with pytest.warns(checkpoint.DamagedCheckpointWarning, match="step 4 is damaged: .*params"):
+        same(state_of(restore(steps, like())), original[1][2])
+
+
+def test_what_one_process_cannot_read_is_damage_in_all(tmp_path, monkeypatch):
+    """Each says whether it has read the item; what the others say is what `process_allgather` gives back."""
+    told = []
+
+    def process_allgather(fault):
+        told.append(bool(fault))
+        return np.array([fault, others])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(store.multihost_utils, "process_allgather", process_allgather)
+    manager = types.SimpleNamespace(directory=tmp_path, restore=lambda step, args: {"meta": "read"})
+    (tmp_path / "3" / "meta").mkdir(parents=True)
+    others = False
+    assert store._read(manager, 3, "meta", None) == "read"
+    with pytest.raises(checkpoint.DamagedCheckpointError, match="missing"):
+        store._read(manager, 3, "data", None)
+    others = True
+    with pytest.raises(checkpoint.DamagedCheckpointError, match="failed in process 1, which says why"):
+        store._read(manager, 3, "meta", None)
+    assert told == [False, True, False]
