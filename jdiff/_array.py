@@ -255,6 +255,13 @@ def check_key(key: Key | None) -> Key:
     return key
 
 
+def check_one_key(key: Key | None) -> Key:
+    """Return the key; raise as `check_key`, and ValueError where there are several."""
+    if check_key(key).shape != ():
+        raise ValueError(f"key must be one key for the whole batch, got shape {key.shape}")
+    return key
+
+
 def example_keys(key: Key | None, batch: int) -> Key:
     """Return one key per example, shape (batch,): a single key is split once, per-example keys pass through.
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jdiff._array import check_count, check_integers, check_key, check_positive
+from jdiff._array import check_count, check_integers, check_one_key, check_positive
 from jdiff._typing import PyTree
 
 __all__ = [
@@ -75,10 +75,10 @@ def example_keys(key: jax.Array, step: jax.Array | int, index: jax.Array) -> jax
         Keys, shape (batch,).
 
     Raises:
-        TypeError: `key` is no single typed threefry key, or `index` no integers.
-        ValueError: `index` is not of shape (batch,).
+        TypeError: `key` is no typed threefry key, or `index` no integers.
+        ValueError: `key` is not one key, or `index` not of shape (batch,).
     """
-    _check_one(key)
+    check_one_key(key)
     check_integers(index, "index")
     if index.ndim != 1:
         raise ValueError(f"index must have shape (batch,), got {index.shape}")
@@ -91,15 +91,11 @@ def shared_key(key: jax.Array, step: jax.Array | int) -> jax.Array:
     `fold_in(fold_in(key, step), 2^32 - 1)`: no example has that index, so it is none of `example_keys`.
 
     Raises:
-        TypeError: `key` is no single typed threefry key.
+        TypeError: `key` is no typed threefry key.
+        ValueError: `key` is not one key.
     """
-    _check_one(key)
+    check_one_key(key)
     return jax.random.fold_in(jax.random.fold_in(key, step), jnp.uint32(2**32 - 1))
-
-
-def _check_one(key):
-    if check_key(key).shape:
-        raise TypeError(f"key must be one key, got shape {key.shape}")
 
 
 def make_train_step(

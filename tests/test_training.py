@@ -239,7 +239,7 @@ def test_the_step_leaves_the_host_alone(problem):
     [
         (jax.random.PRNGKey(0), {}, None, TypeError, "typed key"),
         (jax.random.key(0, impl="rbg"), {}, None, TypeError, "threefry key"),
-        (jax.random.split(KEY, 2), {}, None, TypeError, r"one key, got shape \(2,\)"),
+        (jax.random.split(KEY, 2), {}, None, ValueError, r"one key for the whole batch, got shape \(2,\)"),
         (KEY, {"index": np.arange(2.0)}, None, TypeError, "integers, got float32"),
         (KEY, {"index": np.zeros((2, 1), int)}, None, ValueError, r"shape \(batch,\), got \(2, 1\)"),
         (KEY, {"index": None}, None, ValueError, r"got \['x'\]"),

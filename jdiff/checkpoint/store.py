@@ -126,10 +126,10 @@ def restore(
             `jax.ShapeDtypeStruct`s, e.g. `{"ema": jax.eval_shape(init)}`. `like["data"]` is not looked at.
             `like["meta"]`: None, or a JSON object whose fields must equal the saved ones (fields of `meta` not in it
             are not compared).
-        sharding: where arrays go: one sharding for all, or a mapping from items to a sharding or to a tree of
-            shardings that is a prefix of the item. Any number of devices, whatever it was at the save. None: where
-            the leaf of `like` is, if it is a committed array or has a `sharding`; else an uncommitted array on the
-            default device.
+        sharding: where arrays go: one sharding for all, or a mapping from items (those in `like` and perhaps others) to
+            a sharding or to a tree of shardings that is a prefix of the item. Any number of devices, whatever it was
+            at the save. None: where the leaf of `like` is, if it is a committed array or has a `sharding`; else an
+            uncommitted array on the default device.
         step: which step; None for the newest good one.
 
     Returns:

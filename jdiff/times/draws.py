@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.scipy.special import ndtri
 from jax.scipy.stats import norm
 
-from jdiff._array import check_count, check_integers, check_key, check_positive, is_concrete
+from jdiff._array import check_count, check_integers, check_one_key, check_positive, is_concrete
 from jdiff._typing import Array, Key, Process
 from jdiff.processes import log_snr, rates, time_at
 from jdiff.times.grids import ends, log_snr_ends
@@ -264,8 +264,7 @@ def _check_finite(value, name):
 
 
 def _check(key, index, total):
-    if check_key(key).shape != ():
-        raise ValueError(f"key must be one key for the whole batch, got shape {key.shape}")
+    check_one_key(key)
     check_integers(index, "index")
     if index.ndim != 1:
         raise ValueError(f"index must have shape (batch,), got {index.shape}")
