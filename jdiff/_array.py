@@ -257,7 +257,8 @@ def check_key(key: Key | None) -> Key:
 
 def check_one_key(key: Key | None) -> Key:
     """Return the key; raise as `check_key`, and ValueError where there are several."""
-    if check_key(key).shape != ():
+    key = check_key(key)
+    if key.shape != ():
         raise ValueError(f"key must be one key for the whole batch, got shape {key.shape}")
     return key
 
