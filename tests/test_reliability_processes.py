@@ -115,6 +115,41 @@ def test_a_process_that_dies_stops_the_others(place, tmp_path):
     assert min(line["step"] for line in read_jsonl(run / "metrics.jsonl")) == 3
 
 
+FAILS_INSIDE_OF_ORBAX = """
+import runpy, sys
+import orbax.checkpoint as ocp
+
+save, sys.argv = ocp.CheckpointManager.save, ["train", *sys.argv[1:]]
+
+def failing(self, step, *args, **options):
+    if step == 18:
+        raise OSError("the cable is out")
+    return save(self, step, *args, **options)
+
+ocp.CheckpointManager.save = failing
+runpy.run_module("experiments.train", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_process_that_fails_while_others_wait_inside_of_orbax(place, tmp_path, which):
+    """It says why and ends; the other, which waits for it, by heartbeat; all go on from the step before."""
+    runs = [Run(str(tmp_path / name)) for name in ("whole", "broken")]
+    whole, run = runs
+    programs = [None, None]
+    programs[which] = ["-c", FAILS_INSIDE_OF_ORBAX, "--workdir", str(run.path)]
+    began = time.monotonic()
+    results = finish_all(several(place, run.path, 2, programs=programs))
+    assert all(code != 0 for code, _ in results) and time.monotonic() - began < 90, results
+    assert "the cable is out" in results[which][1] and "the cable is out" not in results[1 - which][1], results
+    assert sorted(path.name for path in (run / "checkpoints").iterdir() if path.name.isdecimal()) == ["12", "6"]
+    for each in runs:
+        results = finish_all(several(place, each.path, 2))
+        assert [code for code, _ in results] == [0, 0], results
+    assert state_of(run) == state_of(whole) and lines_of(run) == lines_of(whole)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("full", "limit"), [(0, 6000), (1, 1000)])
 def test_one_disk_of_two_is_full_for_a_while(place, tmp_path, full, limit):
