@@ -140,6 +140,10 @@ TAKEN = {
     "no heads": (lambda: call(nn.PatchTransformer(lambda t: t, heads=0)), "heads must be at least 1"),
     "no levels": (lambda: call(nn.UNet(lambda t: t, multipliers=())), "multipliers must have an entry"),
     "a dropout of all": (lambda: call(nn.ResidualMLP(lambda t: t, dropout=np.nan)), "dropout must be in"),
+    "channels of no axis": (
+        lambda: nn.ResidualMLP(lambda t: t, out_channels=1).init(KEY, T, T),
+        "out_channels is the size of the last axis, which x of shape .* does not have",
+    ),
     "a flow without a bound": (lambda: nn.CouplingFlow(bound=0.0).init(KEY, X), "bound must be positive"),
     "a flow of integers": (lambda: nn.CouplingFlow().init(KEY, jnp.zeros((3, 2), int)), "x must be floating point"),
     "a size with a typo": (lambda: nn.read_condition(None, X, num_class=3), "sizes must be num_classes"),

@@ -54,7 +54,7 @@ class ResidualMLP(nn.Module):
         """Evaluate the network.
 
         Args:
-            x: `(batch, *event)`, of order 1.
+            x: `(batch, *event)`, of order 1; with `out_channels` at least one axis besides the batch.
             t: `(batch,)`.
             cond: labels `(batch,)`, or a dict of what the network was built for (see `read_condition`); None is the
                 null condition. A label out of range gives NaN.
@@ -69,6 +69,8 @@ class ResidualMLP(nn.Module):
         """
         check_sizes(self, width=1, depth=0, out_channels=1)
         check_inputs(x, t)
+        if self.out_channels is not None and x.ndim < 2:
+            raise ValueError(f"out_channels is the size of the last axis, which x of shape {x.shape} does not have")
         dtype = self.dtype or x.dtype
 
         def dense(units, name, scale=1.0, dtype=dtype):
