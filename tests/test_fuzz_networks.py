@@ -122,6 +122,7 @@ ENTRIES = [
     ),
     network(
         nn.WideResNet,
+        x=images(2),
         cond=one_of(None, wrong=(jnp.arange(BATCH), *ODD)),
         out=lambda a: (*batch_of(a["x"]), a["num_classes"]),
         fixed={"noise_level": level},

@@ -59,7 +59,7 @@ def test_it_starts_as_the_identity_and_scales_are_bounded():
     module = nn.CouplingFlow(depth=2, width=8, bound=0.5)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, 1)), jnp.float32)
     params = module.init(jax.random.key(0), x)["params"]
-    z, log_det = module.apply({"params": params}, x)
+    z, log_det = module.apply({"params": params}, np.asarray(x))  # arrays of NumPy are taken too
     np.testing.assert_allclose(z, x, atol=1e-3)
     np.testing.assert_allclose(log_det, 0, atol=1e-3)
     large = jax.tree.map(lambda p: 100 * jnp.ones_like(p), params)

@@ -59,7 +59,7 @@ class CouplingFlow(nn.Module):
         shape, size = x.shape, math.prod(x.shape[1:])
         if x.ndim < 2 or size < 2:
             raise ValueError(f"x must be (batch, *event) of at least two entries per example, got {shape}")
-        x, log_det = x.reshape(shape[0], size), jnp.zeros_like(x, shape=shape[:1])
+        x, log_det = jnp.asarray(x).reshape(shape[0], size), jnp.zeros_like(x, shape=shape[:1])
         for i in reversed(range(self.depth)) if inverse else range(self.depth):
             fixed = _mask(shape[1:], i)
             a, b = np.flatnonzero(fixed), np.flatnonzero(~fixed)
