@@ -264,6 +264,8 @@ def test_classification_names_mistakes():
         (TypeError, "integers, got float32", logits, jnp.zeros(2)),
         (ValueError, r"shape \(2,\)", logits, jnp.zeros(3, jnp.int32)),
         (ValueError, r"logits must have shape \(2, classes\)", lambda x, t: x[0], jnp.zeros(2, jnp.int32)),
+        (ValueError, r"\(2, classes\), got \(3, 5\)", lambda x, t: jnp.zeros((3, 5)), jnp.zeros(2, jnp.int32)),
+        (ValueError, r"\(2, classes\), got \(2,\)", lambda x, t: jnp.zeros(2), jnp.zeros(2, jnp.int32)),
     ]
     for error, match, field, label in bad:
         with pytest.raises(error, match=match):

@@ -160,6 +160,8 @@ def test_edm_cosine_and_rectified_are_their_formulas():
     np.testing.assert_allclose(shifted - plain, np.full(len(inner), 2 * np.log(0.25)), atol=2e-5)
     assert (jdiff.EDM().t_min, jdiff.EDM().t_max) == (0.002, 80.0)
     assert jdiff.EDM(0.1, 5.0).t_max == 5.0
+    least = {jdiff.VP: 1e-5, jdiff.SubVP: 1e-5, jdiff.VE: 1e-5, jdiff.Rectified: 1e-5, jdiff.Cosine: 1e-4}
+    assert {make: (make().t_min, make().t_max) for make in least} == {make: (t, 1.0) for make, t in least.items()}
     for process in (jdiff.Rectified(), jdiff.Cosine(), jdiff.Cosine(shift=0.25)):
         alpha, sigma = process.marginal(jnp.array([1.0]))
         assert alpha == 0 and sigma == 1
