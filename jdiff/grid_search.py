@@ -5,7 +5,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import call, check_array, check_count, check_grid, check_like, check_positive, is_concrete
+from jdiff._array import (
+    call,
+    check_array,
+    check_count,
+    check_grid,
+    check_like,
+    check_positive,
+    is_concrete,
+    zero_like_batch,
+)
 from jdiff._typing import Array, Field, Process
 from jdiff.processes import log_snr
 from jdiff.solvers.base import Solver, integrate
@@ -155,6 +164,6 @@ def refine_grid(solver: Solver, x: Array, target: Array, ts: Array, *, iteration
         return jnp.where(losses[best] < jnp.sum(value**2), moved[best], logs), None
 
     # The zero makes the carry vary over devices as x does, as shard_map asks.
-    begin = jnp.log(steps) + 0 * x.ravel()[0].astype(steps.dtype)
+    begin = jnp.log(steps) + zero_like_batch(x, steps.dtype)[0]
     logs, _ = jax.lax.scan(iterate, begin, length=iterations)
     return jnp.concatenate([ts[:1], times(logs), ts[-1:]])

@@ -20,6 +20,7 @@ def test_when_a_save_is_due(tmp_path):
         assert not checkpoint.save(manager, 4, tree, force=True)
         manager.wait_until_finished()
         assert manager.all_steps() == [4]
+        assert [path.name for path in tmp_path.iterdir()] == ["4"]  # nothing else beside the steps
         with pytest.raises(ValueError, match=r"already holds steps \[4\]: restore before saving step 3"):
             checkpoint.save(manager, 3, tree)
         with pytest.raises(ValueError, match=r'items\["step"\] is 5, but the step to save is 6'):
@@ -50,6 +51,10 @@ def test_bad_settings_and_items_are_named(tmp_path):
         }.items():
             with pytest.raises(TypeError, match=bad):
                 checkpoint.save(manager, 1, match)
+        with pytest.raises(TypeError, match="meta must be a JSON object, got list"):
+            checkpoint.save(manager, 1, {"meta": [1]})
+        with pytest.raises(TypeError, match="manager must be what open_manager returns, got PosixPath"):
+            checkpoint.save(tmp_path, 1, {"params": jnp.ones(1)})
         with pytest.raises(ValueError, match=r"two leaves of params have the path 'a\.b'"):
             checkpoint.save(manager, 1, {"params": {"a": {"b": jnp.ones(1)}, "a.b": jnp.zeros(1)}})
         assert manager.all_steps() == []
@@ -68,6 +73,9 @@ def test_a_save_that_fails_is_told_with_its_reason(tmp_path, monkeypatch, text, 
             patched.setattr(checkpoint.Manager, "save", save)
             with pytest.raises(checkpoint.SaveError, match=f"step 3 could not be written to .*new: {told}$"):
                 checkpoint.save(manager, 3, tree)
+            patched.setattr(checkpoint.manager.ocp.CheckpointManager, "__init__", save)
+            with pytest.raises(checkpoint.SaveError, match=f"step 3 could not be written to .*new: {told}$"):
+                checkpoint.save(manager, 3, tree)  # and the folder cannot be opened again
         assert checkpoint.save(manager, 3, tree)
 
 

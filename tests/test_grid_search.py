@@ -153,6 +153,9 @@ def test_refining_never_makes_it_worse_and_finds_a_known_minimum(x64):
         assert float(run(got)) <= float(run(start))
         once = grid_search.refine_grid(solver, x, end, got, iterations=1)
         assert float(run(once)) <= float(run(got)) * (1 + 1e-9)
+        # Nothing is better than the rest where no state is finite.
+        kept = grid_search.refine_grid(solver, np.full((3, 1), np.inf), end, start, iterations=1)
+        np.testing.assert_allclose(kept, start, rtol=1e-12)
 
 
 def test_under_jit_and_in_float32():
