@@ -1,5 +1,7 @@
 """The adaptive SDE solver against its published algorithm, exact moments and one Brownian path."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,7 @@ def literal(keys, equation, x, t, end, rtol, atol, h):
     """Algorithm 1 of Jolicoeur-Martineau et al. 2021 (arXiv 2105.14080) for one example, in a Python loop."""
     compiled = [jax.jit(function) for function in (equation.drift, equation.diffusion)]
     drift, diffusion = (lambda x, t, f=f: np.asarray(f(jnp.asarray(x)[None], jnp.asarray([t])))[0] for f in compiled)
-    previous, tries = x, 0
+    previous, tries, accepted = x, 0, 0
     while t > end:
         h = min(h, t - end)
         z = np.asarray(normal_like(fold_in(keys, tries), jnp.zeros((1, 2))))[0]
@@ -37,10 +39,10 @@ def literal(keys, equation, x, t, end, rtol, atol, h):
         scale = np.maximum(atol, rtol * np.maximum(np.abs(low), np.abs(previous)))
         error = np.sqrt(np.mean(((low - high) / scale) ** 2))
         if error <= 1:
-            x, t, previous = high, t - h, low
+            x, t, previous, accepted = high, t - h, low, accepted + 1
         h = h * np.clip(0.9 * error**-0.9, 0.1, 10)
         tries += 1
-    return x, tries
+    return x, tries, accepted
 
 
 @pytest.mark.parametrize("process", [processes.VP(), processes.VE()], ids=["VP", "VE"])
@@ -51,11 +53,14 @@ def test_against_the_published_algorithm(process, x64):
     got = jax.jit(lambda keys, x: solvers.integrate_adaptive_sde(keys, equation, x, 1.0, 0.1, **options))(keys, x)
     rejected = 0
     for i in range(3):
-        want, tries = literal(keys[i : i + 1], equation, np.asarray(x[i]), 1.0, 0.1, **options, h=0.01)
+        want, tries, accepted = literal(keys[i : i + 1], equation, np.asarray(x[i]), 1.0, 0.1, **options, h=0.01)
         np.testing.assert_allclose(got.x[i], want, rtol=1e-8)
-        assert int(got.evaluations[i]) == 2 * tries
-        rejected += tries - int(got.accepted[i])
+        assert (int(got.evaluations[i]), int(got.accepted[i])) == (2 * tries, accepted)
+        rejected += tries - accepted
     assert rejected > 0 and not bool(got.failed.any())
+    # atol is one of 256 levels of [-1, 1].
+    defaults = inspect.signature(solvers.integrate_adaptive_sde).parameters
+    assert [defaults[name].default for name in ("rtol", "atol", "first_step")] == [0.02, 0.0078, 0.01]
 
 
 @pytest.mark.slow
