@@ -179,6 +179,8 @@ def test_multistep_solvers_without_noise_are_their_ode(process, x64):
         close(solvers.integrate(keys, zero, x, ts)[0], solvers.integrate(None, plain, x, ts)[0])
         ancestral = one_step(solvers.ancestral(process, denoise), x, ts[0], ts[1], keys)
         close(one_step(factory(process, denoise, 1.0), x, ts[0], ts[1], keys), ancestral)
+        ends = [one_step(factory(process, denoise, eta), x, ts[0], ts[1], keys) for eta in (0.6, jnp.full(3, 0.6))]
+        close(*ends)
 
 
 def test_unipc_evaluates_once_a_step(x64):
