@@ -12,6 +12,7 @@ import pytest
 from jax.experimental import multihost_utils
 from reliability_cases import FULL_FOR_A_WHILE, finish, finish_all, lines_of, several, start, state_of, wait_for_step
 
+from experiments import lock
 from experiments.artefacts import Run, read_json, read_jsonl
 from experiments.processes import together
 from jdiff import checkpoint, parallel, training
@@ -62,10 +63,11 @@ def test_several_processes_are_one_run(place, undisturbed, tmp_path, count, fsdp
     assert 12 <= step < 60 and (run / "checkpoints" / str(step)).exists()
     # Again, with several steps a call and the notice before the first: all hear of it at the first call.
     early = several(place, run.path, count, **sharding, **{"training.steps_per_call": 5})
-    time.sleep(6)
+    while early[0].poll() is None and not (run / lock.NAME).exists():  # then all are connected, and JAX listens
+        time.sleep(0.01)
     early[0].send_signal(signal.SIGTERM)
     results = finish_all(early)
-    assert {code for code, _ in results} <= {143, -signal.SIGTERM, 0}, results  # before JAX listens it just ends
+    assert [code for code, _ in results] == [143] * count, results
     results = finish_all(several(place, run.path, count, **sharding))
     assert [code for code, _ in results] == [0] * count, results
     ours, expected = ({line["step"]: line for line in lines_of(r)} for r in (run, undisturbed))
