@@ -63,9 +63,10 @@ def test_an_example_follows_its_own_key():
     again = solvers.brownian(KEY, process)(fold_in(keys, 9), x, jnp.full(3, 0.7), 0.3)
     np.testing.assert_allclose(again, whole, rtol=1e-6)
     assert len(np.unique(np.asarray(whole))) == 15
-    # The path begins at t_max: what is before it is as there.
-    late = solvers.brownian(KEY, process, t_max=0.7)
-    np.testing.assert_allclose(late(keys, x, 0.8, 0.3), late(keys, x, 0.7, 0.3), rtol=1e-6)
+    # The path goes from t_max to t_min: what is outside is as at the ends.
+    short = solvers.brownian(KEY, process, t_min=0.3, t_max=0.7)
+    np.testing.assert_allclose(short(keys, x, 0.8, 0.4), short(keys, x, 0.7, 0.4), rtol=1e-6)
+    np.testing.assert_allclose(short(keys, x, 0.5, 0.2), short(keys, x, 0.5, 0.3), rtol=1e-6)
     with pytest.raises(TypeError, match="typed"):
         solvers.brownian(jnp.zeros(2, jnp.uint32), process)(None, x, 0.7, 0.3)
 
