@@ -289,7 +289,7 @@ def check_smoke(row, folder):
     assert images.shape == (8, 8, 8, 1) and images.max() <= 16
 
 
-@pytest.mark.slow_but("ve/cifar10_ncsnpp")
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ["vp/ddpm/cifar10", "ve/cifar10_ncsnpp"])
 def test_a_smoke_twin_trains_is_evaluated_and_samples(row, tmp_path, monkeypatch):
     """With both discrete objectives; an MLP takes the network's place, whose programs take half a minute to compile."""

@@ -76,6 +76,7 @@ def test_replacement_samples_the_posterior_of_independent_entries(x64):
     assert max(standard_errors(np.asarray(x), *wanted)) < 4
 
 
+@pytest.mark.slow
 def test_repaint_comes_nearer_to_the_posterior_than_replacement(x64):
     """Correlated entries: replacement is biased, and going back and forth removes most of it, not all."""
     operator, y = inpainting(2000)

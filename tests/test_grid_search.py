@@ -67,6 +67,7 @@ def test_costs_are_their_integral(power, x64):
     assert float(got[i, j]) == pytest.approx(want, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_kl_is_that_of_the_discretised_path(x64):
     """On a Gaussian the two path measures are Gaussian: the sum over steps against their KL divergence by moments.
 

@@ -38,6 +38,7 @@ def test_log_determinant_and_inverse_are_those_of_the_map(x64, event):
     assert (np.abs(jacobian[0]) > 1e-12).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_the_density_integrates_to_one_and_is_that_of_its_samples(x64):
     module, params = flow((2,), bound=1.0)
     density = jax.jit(lambda x: jnp.exp(module.apply({"params": params}, x, method="log_prob")))

@@ -111,6 +111,7 @@ def test_fresh_weights_of_ncsnv2_are_those_of_pytorch():
     assert not norm["beta"].any()
 
 
+@pytest.mark.slow
 def test_fresh_weights_of_the_other_layers():
     x = jnp.zeros((1, 8, 8, 16), jnp.float32)
     resampling = quick_jit(Downsample(16, fir=True).init)(jax.random.key(0), x)["params"]["conv"]

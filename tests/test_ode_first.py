@@ -122,6 +122,7 @@ def test_the_interpolated_field_keeps_linear_velocities(x64):
     np.testing.assert_allclose(got, np.stack([vx(*x.T, t), vy(*x.T, t)], axis=1), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_particles_follow_the_chosen_paths(x64):
     found = path.measure(particles=1000, n=48, times=17, steps=50, plane_particles=10_000)
     numbers = found["numbers"]

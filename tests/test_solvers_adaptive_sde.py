@@ -88,6 +88,7 @@ def test_samples_follow_the_data(name):
     np.testing.assert_allclose((x[:, 0] > 0).mean(), (data[:, 0] > 0).mean(), atol=4 * np.sqrt(2) * 0.46 / 45 + 0.01)
 
 
+@pytest.mark.slow
 def test_all_tries_see_one_brownian_path(x64):
     """With Brownian noise a tighter tolerance approaches one end per path; with white noise there is none."""
     process = processes.VP()
