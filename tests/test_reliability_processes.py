@@ -96,18 +96,23 @@ def test_two_processes_sample_and_evaluate_what_one_does(place, undisturbed, tmp
     assert found[2][1] == pytest.approx(found[1][1], abs=1e-5)
 
 
+def kill_the_second(processes):
+    """By SIGKILL; the first ends soon and says that a peer is gone."""
+    processes[1].kill()
+    killed = time.monotonic()
+    code, out = finish(processes[0], timeout=60)
+    processes[1].communicate()
+    assert code != 0 and time.monotonic() - killed < 40
+    assert re.search(r"heartbeat|another task died|Gloo|connection|peer", out, re.IGNORECASE), out
+
+
 @pytest.mark.slow
 def test_a_process_that_dies_stops_the_others(place, tmp_path):
     run = Run(str(tmp_path / "run"))
     settings = {"training.steps": 100_000}
     processes = several(place, run.path, 2, **settings)
     wait_for_step(processes[0], run, 12)
-    processes[1].kill()
-    killed = time.monotonic()
-    code, out = finish(processes[0], timeout=60)
-    assert code != 0 and time.monotonic() - killed < 40
-    assert re.search(r"heartbeat|another task died|Gloo|connection|peer", out, re.IGNORECASE), out
-    processes[1].communicate()
+    kill_the_second(processes)
     saved = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
     processes = several(place, run.path, 2, **settings)
     wait_for_step(processes[0], run, saved + 3)
@@ -191,12 +196,7 @@ def test_sampling_that_loses_a_process(place, undisturbed, tmp_path):
     processes = several(place, run.path, 2, program=program(run), **settings)
     while sum(int(file.stem) % 2 for file in done()) < 20 and processes[1].poll() is None:
         time.sleep(0.01)
-    processes[1].kill()
-    killed = time.monotonic()
-    code, out = finish(processes[0], timeout=60)
-    processes[1].communicate()
-    assert code != 0 and time.monotonic() - killed < 40
-    assert re.search(r"heartbeat|another task died|Gloo|connection|peer", out, re.IGNORECASE), out
+    kill_the_second(processes)
     kept = done()
     assert 220 <= len(kept) < 400  # all of process 0, some of process 1
     marked = [int(kept[n].stem) for n in (0, -1)]
@@ -250,12 +250,7 @@ def test_an_evaluation_that_loses_a_process(place, undisturbed, tmp_path):
     processes = several(place, run.path, 2, program=program(run), **settings)
     while len(records(1)) < 16 and processes[1].poll() is None:
         time.sleep(0.01)
-    processes[1].kill()
-    killed = time.monotonic()
-    code, out = finish(processes[0], timeout=60)
-    processes[1].communicate()
-    assert code != 0 and time.monotonic() - killed < 40
-    assert re.search(r"heartbeat|another task died|Gloo|connection|peer", out, re.IGNORECASE), out
+    kill_the_second(processes)
     assert 16 <= len(records(1)) < 96
 
     broken = ["-c", FAILS_IN_THE_MIDDLE, "--workdir", str(run.path)]
