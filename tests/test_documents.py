@@ -258,16 +258,16 @@ def test_the_architecture_lists_the_rooms_in_the_order_of_their_imports():
 
 
 def test_every_public_module_has_a_page_and_docstrings_become_what_they_say():
-    """docs/conf.py: the list of modules, and docstrings into reStructuredText."""
-    spec = importlib.util.spec_from_file_location("conf", ROOT / "docs" / "conf.py")
-    conf = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(conf)
-    modules = conf.public_modules()
+    """docs/api_reference.py: the list of modules, and docstrings into reStructuredText."""
+    spec = importlib.util.spec_from_file_location("api_reference", ROOT / "docs" / "api_reference.py")
+    reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reference)
+    modules = reference.public_modules()
     assert {"jdiff", "jdiff.sde", "jdiff.solvers", "jdiff.nn", "jdiff.importers.score_sde"} <= set(modules)
     assert not [name for name in modules if "._" in name or name.startswith("jdiff.solvers.")]
     for name in modules:
-        page = conf.page(name)
-        for public in conf.names(importlib.import_module(name)):
+        page = reference.page(name)
+        for public in reference.names(importlib.import_module(name)):
             assert re.search(rf"\b{re.escape(name)}(\.\w+)?\.{public}\b", page), f"{name}.{public}"
     text = ["Return a * b of *all* `process`es and `x[0] +\n1`.", "", "    |x|_2 * y", "", "After x_, done."]
     lines = "\n".join(text).split("\n")
@@ -280,4 +280,4 @@ def test_every_public_module_has_a_page_and_docstrings_become_what_they_say():
         "",
         r"After x\_, done.",
     ]
-    assert conf.markup(lines) == expected
+    assert reference.markup(lines) == expected
