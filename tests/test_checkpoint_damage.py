@@ -1,8 +1,10 @@
 """A damaged step is named, with its file and fault, and passed over for the one before."""
 
 import json
+import pathlib
 import shutil
 import types
+import warnings
 
 import jax
 import numpy as np
@@ -70,6 +72,56 @@ def test_damage_is_named_and_passed_over(damage, steps, original):
     same(state_of(restored), original[1][2])
     with pytest.raises(checkpoint.DamagedCheckpointError, match=message):
         restore(steps, like(), step=4)
+
+
+def spoil_at_random(step, rng):
+    """Do to a file of a step, or to one of its folders, what disks do; return what was done."""
+    paths = sorted(path for path in step.rglob("*") if path.is_file())
+    path = paths[rng.integers(len(paths))]
+    content = path.read_bytes()
+    start = int(rng.integers(len(content) or 1))
+    kind = rng.choice(["cut", "emptied", "deleted", "folder deleted", "bit", "span", "exchanged"])
+    if kind == "cut":
+        path.write_bytes(content[:start])
+    elif kind == "emptied":
+        path.write_bytes(b"")
+    elif kind == "deleted":
+        path.unlink()
+    elif kind == "folder deleted":
+        path = path if path.parent == step else path.parent
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif kind == "bit" and content:
+        flipped = bytes([content[start] ^ 1 << int(rng.integers(8))])
+        path.write_bytes(content[:start] + flipped + content[start + 1 :])
+    elif kind == "span":
+        noise = rng.bytes(min(int(rng.integers(1, 512)), len(content) - start))
+        path.write_bytes(content[:start] + noise + content[start + len(noise) :])
+    elif kind == "exchanged":
+        other = paths[rng.integers(len(paths))]
+        path.write_bytes(other.read_bytes())
+        other.write_bytes(content)
+    return f"{kind}: {path.relative_to(step)}, {start}"
+
+
+@pytest.mark.slow
+def test_random_damage_is_never_silent(original, tmp_path):
+    """240 times: what comes back is the newest step as it was, or the one before with a warning; nothing third."""
+    rng, seen = np.random.default_rng(0), 0
+    for trial in range(240):
+        steps = pathlib.Path(shutil.copytree(original[0], tmp_path / str(trial)))
+        done = spoil_at_random(steps / "4", rng)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            restored = restore(steps, like())
+        damaged = [str(w.message) for w in told if w.category is checkpoint.DamagedCheckpointWarning]
+        step = 2 if damaged else 4
+        assert restored["step"] == step, done
+        assert all(f"step 4 is damaged: {steps / '4'}" in message for message in damaged), done
+        same(state_of(restored), original[1][step])
+        assert restored["data"] == {"next_index": step}, done
+        seen += bool(damaged)
+        shutil.rmtree(steps)
+    assert seen > 80  # about half: Orbax keeps copies and remains that nothing reads
 
 
 def test_every_flipped_bit_of_a_leaf_is_seen(original):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from reliability_cases import finish, lines_of, same_run, start, state_of, wait_for_step
 
+from configs import digits
 from experiments import lock
 from experiments.artefacts import Run, read_jsonl
 
@@ -68,3 +69,38 @@ def test_a_signal_saves_and_stops(place, undisturbed, tmp_path, number, code):
     assert state_of(run) == state_of(undisturbed)
     ours, expected = ({line["step"]: line for line in lines_of(r)} for r in (run, undisturbed))
     assert ours.keys() - {step} == expected.keys() - {step}
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_stops_at_once(place, undisturbed, tmp_path):
+    """Whatever the first has begun: the step, its save, the end. Nothing older is lost."""
+    run, codes = Run(str(tmp_path / "run")), []
+    for step, gap in [(12, 0.003), (20, 0.02), (28, 0.1), (36, 0.3)]:
+        process = start(place, run.path)
+        wait_for_step(process, run, step)
+        process.send_signal(signal.SIGINT)
+        time.sleep(gap)
+        asked = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        code, out = finish(process)
+        assert code in (130, -signal.SIGINT) and time.monotonic() - asked < 10, out
+        codes.append(code)
+    assert -signal.SIGINT in codes
+    code, out = finish(start(place, run.path))
+    assert code == 0, out
+    assert state_of(run) == state_of(undisturbed)
+
+
+@pytest.mark.slow
+def test_the_demo_stops_in_time(place, tmp_path):
+    run, demo = Run(str(tmp_path / "run")), digits.get_config()
+    network = {"network.name": demo.network.name, "network.options": demo.network.options.to_dict()}
+    steps = {name: demo.training[name] for name in ("steps", "batch_size", "checkpoint_every")}
+    settings = network | {f"training.{name}": value for name, value in steps.items()}
+    process = start(place, run.path, "--config=configs/digits.py", **settings)
+    wait_for_step(process, run, 30)
+    process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    code, out = finish(process)
+    assert code == 143 and time.monotonic() - asked < 20
+    assert state_of(run, int(re.search(r"interrupted: step (\d+) is saved", out)[1]))
