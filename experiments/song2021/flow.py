@@ -38,6 +38,15 @@ def _denoised(process, score, x, t, scales, *weights):
     return reverse_diffusion(process, closed, x, t, jnp.zeros_like(x), scales)[1]
 
 
+def _solve(slope, span, start, rtol, atol):
+    """Return where RK45 takes start, NaN if it does not arrive, and its evaluations."""
+    lost = np.full_like(start, np.nan)
+    if not np.isfinite(slope(span[0], start)).all():  # SciPy's first step would be NaN, and shortened for ever
+        return lost, 1
+    solved = scipy.integrate.solve_ivp(slope, span, start, "RK45", rtol=rtol, atol=atol)
+    return solved.y[:, -1] if solved.success else lost, solved.nfev
+
+
 def ode_sampler(
     process: jdiff.Process,
     score: Score,
@@ -64,15 +73,18 @@ def ode_sampler(
       scales: of that step.
       rtol: tolerance relative to the joint norm.
       atol: absolute tolerance.
+
+    Raises:
+      FloatingPointError: the solver did not arrive.
     """
     state = lambda y: jnp.asarray(y, jnp.float32).reshape(z.shape)
     time = lambda t: jnp.full(len(z), t, jnp.float32)
     slope = lambda t, y: np.asarray(drift(process, score, state(y), time(t), *weights), np.float64).ravel()
-    solved = scipy.integrate.solve_ivp(
-        slope, (1.0, t_min), np.asarray(z, np.float64).ravel(), "RK45", rtol=rtol, atol=atol
-    )
-    x = state(solved.y[:, -1])
-    return _denoised(process, score, x, time(t_min), scales, *weights) if denoise else x, solved.nfev
+    y, evaluations = _solve(slope, (1.0, t_min), np.asarray(z, np.float64).ravel(), rtol, atol)
+    if not np.isfinite(y).all():
+        raise FloatingPointError(f"RK45 did not arrive at t = {t_min:g}: the flow has values that are not finite")
+    x = state(y)
+    return _denoised(process, score, x, time(t_min), scales, *weights) if denoise else x, evaluations
 
 
 class Likelihood(NamedTuple):
@@ -98,7 +110,7 @@ def log_likelihood(
     """Return the log-density of x with one probe per image: RK45 from t_min to 1 (section 4.3, eq. 39).
 
     One system in float64 holds all images and all their log-densities, under one error norm: what an image gets depends
-    on its batch. The right-hand side is float32, drift and divergence two calls.
+    on its batch. The right-hand side is float32, drift and divergence two calls. Where RK45 does not arrive, all is NaN.
     """
     batch, size = len(x), x.size
 
@@ -110,10 +122,10 @@ def log_likelihood(
         return np.concatenate([np.asarray(flow, np.float64).ravel(), np.asarray(trace, np.float64)])
 
     start = np.concatenate([np.asarray(x, np.float64).ravel(), np.zeros(batch)])
-    solved = scipy.integrate.solve_ivp(slope, (t_min, 1.0), start, method="RK45", rtol=rtol, atol=atol)
-    latent = solved.y[:size, -1].reshape(x.shape).astype(np.float32)
+    y, evaluations = _solve(slope, (t_min, 1.0), start, rtol, atol)
+    latent = y[:size].reshape(x.shape).astype(np.float32)
     prior = np.asarray(processes.prior_log_prob(process, jnp.asarray(latent)))
-    return Likelihood(prior, solved.y[size:, -1].astype(np.float32), latent, solved.nfev)
+    return Likelihood(prior, y[size:].astype(np.float32), latent, evaluations)
 
 
 def bits_per_dim(
