@@ -96,7 +96,7 @@ class Run:
         if self.remote:  # objects appear whole
             file.write_bytes(content)
             return
-        temporary = file.parent / f".{file.name}.{os.getpid()}"
+        temporary = file.parent / f".{file.name}.{uuid.uuid4().hex}"  # on several machines processes share a number
         try:
             temporary.write_bytes(content)
             temporary.replace(file)

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from experiments import build, cli, model, objectives, pictures
 from experiments.artefacts import Run
+from experiments.processes import primary
 from jdiff import data, losses, nn, training
 
 TIMES = 11
@@ -74,10 +75,12 @@ def classify(config: ConfigDict, run: Run, split: str = "") -> list[dict]:
         )
         error = math.sqrt(correct * (1 - correct) / len(source))
         rows.append({"t": float(t), "accuracy": correct, "accuracy_error": error, "cross_entropy": nats})
-        print(f"t {float(t):.4g}   accuracy {correct:.4f} +- {error:.4f}   cross entropy {nats:.4f} nats")
-    record = {"split": source.split, "images": len(source), "step": trained.step, "times": rows}
-    run.write_json("classifier.json", record)
-    pictures.accuracy(run / "classifier.png", rows, trained.model.classes, source.split)
+        if primary():
+            print(f"t {float(t):.4g}   accuracy {correct:.4f} +- {error:.4f}   cross entropy {nats:.4f} nats")
+    if primary():
+        record = {"split": source.split, "images": len(source), "step": trained.step, "times": rows}
+        run.write_json("classifier.json", record)
+        pictures.accuracy(run / "classifier.png", rows, trained.model.classes, source.split)
     return rows
 
 

@@ -8,19 +8,14 @@ from metrics.jsonl. Run again after a kill, or after more training, to evaluate 
 
 from __future__ import annotations
 
-import pathlib
-
-import matplotlib
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import cli
+from experiments import cli, pictures
 from experiments.artefacts import Run, read_jsonl
 from experiments.likelihood import likelihood, report
+from experiments.processes import primary
 from jdiff import checkpoint
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 
 def learning_curve(config: ConfigDict, run: Run, *, split: str) -> list[dict]:
@@ -37,12 +32,14 @@ def learning_curve(config: ConfigDict, run: Run, *, split: str) -> list[dict]:
         raise FileNotFoundError(f"no checkpoint in {run / 'checkpoints'}: train first")
     rows = []
     for step in steps:
-        summary = likelihood(config, run, split=split, step=step)
-        print(report(summary))
+        summary = likelihood(config, run, split=split, step=step, write=False)
+        if primary():
+            print(report(summary))
         row = {k: summary[k] for k in ("bits_per_dim", "standard_error")}
         rows.append({"step": step, "seconds": seconds(run, config.training.batch_size, step), **row})
-    run.write_json("learning_curve.json", {"split": split, "points": rows})
-    picture(run / "learning_curve.png", rows, split)
+    if primary():
+        run.write_json("learning_curve.json", {"split": split, "points": rows})
+        pictures.learning_curve(run / "learning_curve.png", rows, split)
     return rows
 
 
@@ -54,20 +51,6 @@ def seconds(run: Run, batch_size: int, step: int) -> float:
             total += (line["step"] - last) * batch_size / line["images_per_second"]
             last = line["step"]
     return total
-
-
-def picture(file: pathlib.Path, rows: list[dict], split: str) -> None:
-    """Write bits/dim over minutes, with standard errors over the images (which all points share)."""
-    rows = [row for row in rows if row["bits_per_dim"] is not None]
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    minutes, bits = [row["seconds"] / 60 for row in rows], [row["bits_per_dim"] for row in rows]
-    axes.errorbar(minutes, bits, [row["standard_error"] or 0.0 for row in rows], fmt="o-", markersize=3, capsize=2)
-    for row, x, y in zip(rows, minutes, bits):
-        axes.annotate(f"step {row['step']}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
-    axes.set(xlabel="minutes of training", ylabel="bits/dim", title=split)
-    axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
 
 
 def main() -> None:

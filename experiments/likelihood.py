@@ -44,6 +44,7 @@ def likelihood(
     merge: bool = False,
     error: float | None = None,
     bound: bool = False,
+    write: bool = True,
 ) -> dict | None:
     """Evaluate a split (default: config.data.test) and return the summary that likelihood_<split>.json holds.
 
@@ -61,6 +62,7 @@ def likelihood(
       error: bits/dim; choose the tolerance for it on config.likelihood.tolerance_images images, see
         `errors.choose_tolerance`, instead of config.likelihood.rtol and atol.
       bound: evaluate config.likelihood.bounds too, on the same images and draws.
+      write: likelihood_<split>.json and .jsonl; the records that a restart goes on from are kept in any case.
 
     Returns:
       The summary, or None while other shards are not done.
@@ -114,7 +116,7 @@ def likelihood(
         "jdiff": jdiff.__version__,
     }
     name = f"likelihood_{slug(evaluation.split)}"
-    if primary():
+    if write and primary():
         run.write(f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         run.write_json(f"{name}.json", summary)
     return summary

@@ -59,6 +59,19 @@ def loss_curve(file: pathlib.Path, lines: list[dict]) -> None:
     _save(figure, file)
 
 
+def learning_curve(file: pathlib.Path, rows: list[dict], split: str) -> None:
+    """Write bits/dim over minutes, with standard errors over the images (which all points share)."""
+    rows = [row for row in rows if row["bits_per_dim"] is not None]
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    minutes, bits = [row["seconds"] / 60 for row in rows], [row["bits_per_dim"] for row in rows]
+    axes.errorbar(minutes, bits, [row["standard_error"] or 0.0 for row in rows], fmt="o-", markersize=3, capsize=2)
+    for row, x, y in zip(rows, minutes, bits):
+        axes.annotate(f"step {row['step']}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    axes.set(xlabel="minutes of training", ylabel="bits/dim", title=split)
+    axes.grid(alpha=0.3)
+    _save(figure, file)
+
+
 def accuracy(file: pathlib.Path, rows: list[dict], classes: int, split: str) -> None:
     """Write a classifier's accuracy over t, with standard errors, and what guessing gives."""
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")

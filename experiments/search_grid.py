@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from experiments import build, cli, model, samplers
 from experiments.artefacts import Run, read_json
 from experiments.compilation import compiler_options
+from experiments.processes import primary
 from jdiff import data, grid_search, solvers, times
 from jdiff.processes import prior_sample
 
@@ -96,7 +97,8 @@ def search_grid(config: ConfigDict, run: Run, *, samples: int = 64) -> dict:
     errors = {name: error(ts) for name, ts in {**coarse, samplers.SEARCHED: best}.items()}
     found = {"step": trained.step, "sampling": _identity(config), "ts": np.asarray(best).tolist()}
     found |= {"measure": measure, "errors": errors}
-    run.write_json(file_name(config), found)
+    if primary():
+        run.write_json(file_name(config), found)
     return found
 
 
@@ -150,6 +152,8 @@ def main() -> None:
 
     def run(config, folder):
         found = search_grid(config, folder, samples=flags.FLAGS.samples)
+        if not primary():
+            return
         print(f"{found['measure']}, {config.sampling.solver}, {config.sampling.steps} steps:")
         for name, value in found["errors"].items():
             print(f"  {name:16s} {'-' if value is None else format(value, '.4g')}")

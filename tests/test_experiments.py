@@ -40,11 +40,23 @@ def test_likelihood_does_not_depend_on_the_batch_size(done, monkeypatch):
     np.testing.assert_allclose(likelihood.per_image(done, "test"), small, rtol=2e-4)
 
 
-def test_the_learning_curve_evaluates_every_checkpoint(done, tmp_path):
+def test_the_learning_curve_evaluates_every_checkpoint(done, tmp_path, monkeypatch, capsys):
     run = Run(shutil.copytree(done.path, tmp_path / "run"))
+    before = set(run.path.iterdir())
     rows = learning_curve.learning_curve(small_config(), run, split="test[:8]")
     assert read_json(run / "learning_curve.json") == {"split": "test[:8]", "points": rows}
     assert (run / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
+    # The likelihood's own files are of `likelihood` alone; its records are kept.
+    new = {file.name for file in set(run.path.iterdir()) - before if "-of-" not in file.name}
+    assert new == {"learning_curve.json", "learning_curve.png"}
+    assert capsys.readouterr().out.count("bits/dim on 8 images") == 2
+    with monkeypatch.context() as patch:  # again, as another than the first of several processes
+        patch.setattr(methods, "_exact_evaluator", None)
+        patch.setattr(learning_curve, "primary", lambda: False)
+        for name in new:
+            (run / name).unlink()
+        assert learning_curve.learning_curve(small_config(), run, split="test[:8]") == rows
+        assert not any((run / name).exists() for name in new) and not capsys.readouterr().out
     assert [row["step"] for row in rows] == [5, 10]
     for row in rows:
         alone = likelihood.likelihood(small_config(), run, split="test[:8]", step=row["step"])

@@ -271,6 +271,20 @@ def test_an_evaluation_that_loses_a_process(place, undisturbed, tmp_path):
     assert numbers[0] == numbers[1]
 
 
+def test_processes_of_one_number_on_two_machines_write_one_file(tmp_path, monkeypatch):
+    run = Run(str(tmp_path))
+    replace = type(run.path).replace
+
+    def overtaken(self, target):
+        monkeypatch.undo()
+        run.write("file", "of the other")
+        return replace(self, target)
+
+    monkeypatch.setattr(type(run.path), "replace", overtaken)
+    run.write("file", "of this one")
+    assert (run / "file").read_text() == "of this one" and len(list(run.path.iterdir())) == 1
+
+
 def test_where_one_process_fails_all_fail(monkeypatch, capsys):
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda fault: np.asarray([False, True, bool(fault)]))

@@ -64,5 +64,8 @@ def test_a_folder_in_a_bucket(bucket, tmp_path):
         assert sorted(records.Records(run, "likelihood_test", {"a": 1}).read()) == pairs
         pictures.grid(run / "samples.png", np.zeros((2, 4, 4, 1), np.int32), 17)
         pictures.loss_curve(run / "loss.png", read_jsonl(run / "metrics.jsonl"))
-        assert (run / "loss.png").read_bytes()[:4] == (run / "samples.png").read_bytes()[:4] == b"\x89PNG"
+        row = {"step": 2, "seconds": 9.0, "bits_per_dim": 1.5, "standard_error": None}
+        pictures.learning_curve(run / "learning_curve.png", [row], "test")
+        for name in ("samples", "loss", "learning_curve"):
+            assert (run / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     assert any("bucket/runs/a/config.json" in name for name in bucket.store)
