@@ -24,7 +24,9 @@ from ml_collections import ConfigDict
 from configs.song2021 import PUBLISHED, Published
 from experiments import checks, cli, likelihood, sample, train
 from experiments.artefacts import Run, read_json
+from experiments.lock import LockedError
 from jdiff import data
+from jdiff.checkpoint import DamagedCheckpointError
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 PROTOCOLS = ("jdiff", "song2021")
@@ -118,7 +120,8 @@ def status(row: str, runs: str) -> dict:
     }
     if summary and summary["bits_per_dim"] is not None:
         entry["ours"] = summary
-        if published.bits_per_dim is not None and summary["settings"]["data"] == c.data.name:
+        comparable = published.bits_per_dim is not None and summary["settings"]["data"] == c.data.name
+        if comparable and summary["standard_error"] is not None:
             entry["comparison"] = compare(published.bits_per_dim, summary)._asdict()
     return entry
 
@@ -152,9 +155,14 @@ def reproduce(
 
 
 def smoke(row: str, folder: str) -> dict:
-    """Train, evaluate and sample the smoke twin of a row; return the summary of its likelihood."""
+    """Train, evaluate and sample the smoke twin of a row; return the summary of its likelihood.
+
+    Raises:
+      SystemExit: the training was interrupted.
+    """
     c, run = config(row, "smoke"), Run(f"{folder}/{row}")
-    train.train(c, run)
+    if code := train.train(c, run):
+        raise SystemExit(code)
     summary = likelihood.likelihood(c, run)
     sample.sample(c, run)
     return summary
@@ -185,6 +193,8 @@ def _verdict(entry):
         return "not evaluated here"
     settings, c = entry["ours"]["settings"], entry["comparison"]
     where = f"{settings['images']} images of {settings['data']}, protocol {settings['protocol']}, {entry['origin']}"
+    if entry["ours"]["standard_error"] is None:
+        return f"not compared: one image has no standard error ({where})"
     if c is None:
         return f"nothing published to compare with ({where})"
     word = "agrees" if c["agrees"] else "DISAGREES"
@@ -231,6 +241,8 @@ def _options():
         parser.error("--path needs --row: which row is the checkpoint of?")
     if options.path and options.smoke:
         parser.error("--smoke trains a small twin: it takes no --path")
+    if options.json and options.smoke:
+        parser.error("--json is of the table, which --smoke does not make")
     if not options.path and (options.sha256 or options.protocol or options.set):
         parser.error("--sha256, --protocol and --set belong to --row NAME --path CHECKPOINT")
     return options
@@ -256,6 +268,9 @@ def main() -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except (FloatingPointError, DamagedCheckpointError, LockedError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 3
     return 0
 
 

@@ -140,3 +140,28 @@ def test_the_table_judges_what_is_there(tmp_path, monkeypatch):
     assert re.search(rf"\n{ROW} +3\.16 +3\.1612 \+- 0\.0100  agrees: \+0\.0012, allowed 0\.00", text)
     assert re.search(r"\nsubvp/cifar10_ddpmpp_continuous +3\.02 +3\.0700 \+- 0\.0100  DISAGREES: \+0\.0500", text)
     assert re.search(r"\nve/cifar10_ncsnpp_continuous +- +3\.4000 \+- 0\.0100  nothing published to compare with", text)
+    Run(tmp_path / ROW).write_json("likelihood_test.json", _summary(3.1612, None, None, images=1))
+    entry = reproduce.status(ROW, str(tmp_path))
+    assert entry["comparison"] is None
+    assert "3.1612  not compared: one image has no standard error (1 images of" in reproduce.table([entry])
+
+
+def test_the_smoke_twins_stop_where_one_is_interrupted_or_fails(tmp_path, monkeypatch, capsys):
+    """With the exit codes of training; nothing half-trained is evaluated."""
+    asked = []
+    monkeypatch.setattr(reproduce.train, "train", lambda config, run: asked.append(run) or 130)
+    monkeypatch.setattr(sys, "argv", ["reproduce", "--smoke", "--runs", str(tmp_path / "runs")])
+    with pytest.raises(SystemExit) as stopped:
+        reproduce.main()
+    assert stopped.value.code == 130 and len(asked) == 1
+    for error in (FloatingPointError, reproduce.DamagedCheckpointError, reproduce.LockedError):
+
+        def fail(config, run, error=error):
+            raise error("why")
+
+        monkeypatch.setattr(reproduce.train, "train", fail)
+        assert reproduce.main() == 3 and capsys.readouterr().err == f"{error.__name__}: why\n"
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--json", str(tmp_path / "table.json")])
+    with pytest.raises(SystemExit):
+        reproduce.main()
+    assert "--json is of the table" in capsys.readouterr().err

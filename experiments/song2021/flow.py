@@ -110,7 +110,7 @@ def log_likelihood(
     """Return the log-density of x with one probe per image: RK45 from t_min to 1 (section 4.3, eq. 39).
 
     One system in float64 holds all images and all their log-densities, under one error norm: what an image gets depends
-    on its batch. The right-hand side is float32, drift and divergence two calls. Where RK45 does not arrive, all is NaN.
+    on its batch. The right-hand side is float32, drift and divergence two calls. If RK45 does not arrive, all is NaN.
     """
     batch, size = len(x), x.size
 
