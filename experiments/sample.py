@@ -150,11 +150,15 @@ def main() -> None:
         if values.task is not None and values["class"].value is None and config.sampling.label == "cycle":
             config.sampling.label = "null"  # an image has no class of its own
         checks.check(config)
+        idle, why = ("input", "mask", "method"), "of --task only, which is missing"
+        if values.task is not None:
+            method = tasks.check(config, values.task, values.mask)
+            idle, why = tasks.UNUSED.get(method, ()), f"without effect on method {method!r} of --task {values.task}"
+        if unused := [f"--{name}" for name in idle if values[name].value is not None]:
+            raise ValueError(f"{', '.join(unused)}: {why}")
         if values.task is not None:
             controlled(config, folder, values.task, values.input, values.mask)
             return
-        if unused := [f"--{name}" for name in ("input", "mask", "method") if values[name].value is not None]:
-            raise ValueError(f"{', '.join(unused)}: of --task only, which is missing")
         images = sample(config, folder)
         name = solver_name(config)
         if not primary():

@@ -96,7 +96,8 @@ def guided(config: ConfigDict, module, params, statistics: dict, cond, guides: d
     """Return the field that samples are drawn with, guided as config.sampling says.
 
     Classifier-free first, then away from the weaker model, then to the classifier's label, then thresholded. Outside of
-    guidance_low to guidance_high the scales are those without guidance: 1, 1 and 0.
+    guidance_low to guidance_high the scales are those without guidance: 1 (of guidance = 0, which is unconditional at
+    all times, 0), 1 and 0.
 
     Args:
       config: the configuration.
@@ -128,7 +129,8 @@ def guided(config: ConfigDict, module, params, statistics: dict, cond, guides: d
         if c.guidance == 0 and not options:  # what it comes to, at half the price
             made = lambda x, t: conditional(x, t, null)
         else:
-            made = guidance.classifier_free(conditional, label, null, scheduled(c.guidance, 1.0), **options)
+            scale = scheduled(c.guidance, 0.0 if c.guidance == 0 else 1.0)
+            made = guidance.classifier_free(conditional, label, null, scale, **options)
     if "weak" in guides:
         made = guidance.autoguidance(made, guides["weak"](label), scheduled(c.autoguidance, 1.0), **options)
     if "classifier" in guides and cond is not None:

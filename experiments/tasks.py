@@ -6,7 +6,8 @@
 
 The input is a PNG, JPEG, BMP or TIFF of 8 bits, grey or RGB as the model is. White in the mask is what is filled in, or
 may be edited. Writes <task>_<method>_<input>/sample_000.png ... and <task>_<method>_<input>.png: input, measurement,
-samples. Settings: sampling.control.* and the rest of sampling; docs/control.md explains them.
+samples; the folder keeps none of an earlier run. Settings: sampling.control.* and the rest of sampling; docs/control.md
+explains them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from jdiff.processes import prior_sample
 _POSTERIOR = ("moment_matching", "pseudoinverse", "dps", "replacement", "repaint")
 # Task -> methods, the default first.
 METHODS = {"inpaint": _POSTERIOR, "colorize": _POSTERIOR, "superres": _POSTERIOR, "edit": ("sdedit", "latent")}
+# Flags of `experiments.sample` that are without effect on a method: it has a solver of its own, or draws nothing.
+UNUSED = {"dps": ("solver",), "latent": ("solver", "seed")}
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
 _LARGEST_FILE = 2**26
 _SHOWN, _COLUMNS = 100, 10
@@ -229,6 +232,8 @@ def run(config: ConfigDict, folder: Run, trained: Trained, label, task: str, ima
 
     name, levels = f"{task}_{method}_{pathlib.Path(image).stem}", described.transform.levels
     (folder / name).mkdir(parents=True, exist_ok=True)
+    for old in (folder / name).glob("sample_*.png"):
+        old.unlink()
     for n, one in enumerate(images):
         packed = io.BytesIO()
         bytes_ = (one.astype(np.float64) * 255 / (levels - 1)).round().astype(np.uint8)

@@ -130,7 +130,8 @@ def test_the_fields_of_the_configuration_are_the_functions_of_the_library(run, s
     judged = {"classifier_workdir": str(run.path.parent / "classifier")}
     rows += [
         ({"guidance": 0.0, **judged}, follow(own(null), 1.0)),
-        # The network stays unconditional outside of the interval too.
+        # The network stays unconditional outside of the interval too, rescaled or not.
+        ({"guidance": 0.0, "guidance_rescale": 0.7, **inside}, free(null, 0.0, adjust=adjust)),
         (
             {"guidance": 0.0, **inside, **judged},
             follow(own(null), guidance.interval(1.0, 0.3, 0.8, outside=0.0)),
@@ -141,7 +142,7 @@ def test_the_fields_of_the_configuration_are_the_functions_of_the_library(run, s
         ),
     ]
     if which == "some":  # among them the one that has everything
-        rows = [rows[n] for n in (1, 3, 8, 11)]
+        rows = [rows[n] for n in (1, 3, 8, 10, 12)]
     seen = []
     for changes, expected in rows:
         found, wanted = (jax.jit(field)(x, t) for field in (_guided(run, cond, **changes), expected))

@@ -5,6 +5,8 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from PIL import Image
 
 from configs import smoke
@@ -86,6 +88,9 @@ def controlled(runs, name, task, image, mask=None, **control):
 
 @pytest.mark.parametrize("method", ["replacement", "repaint", "pseudoinverse"])
 def test_inpainting_keeps_what_is_known_and_writes_files(runs, files, method):
+    folder = runs["grey"] / f"inpaint_{method}_grey"
+    folder.mkdir()
+    (folder / "sample_003.png").write_text("of an earlier run of more samples")
     images = controlled(runs, "grey", "inpaint", files["grey"], files["grey mask"], method=method)
     given = np.asarray(Image.open(files["grey"]))[..., None]
     assert images.shape == (3, 8, 8, 1)
@@ -93,7 +98,7 @@ def test_inpainting_keeps_what_is_known_and_writes_files(runs, files, method):
         kept = np.abs(images[:, :, 4:].astype(int) - given[None, :, 4:])
         assert kept.max() <= 1  # t_min leaves a hundred-thousandth of noise
     assert len({image.tobytes() for image in images}) == 3
-    folder = runs["grey"] / f"inpaint_{method}_grey"
+    assert len(list(folder.iterdir())) == 3
     for n in range(3):
         np.testing.assert_array_equal(np.asarray(Image.open(folder / f"sample_{n:03d}.png")), images[n, ..., 0])
     sheet = np.asarray(Image.open(f"{folder}.png").convert("L"))
@@ -200,6 +205,28 @@ def test_samples_that_are_not_finite_are_an_error(runs, files, monkeypatch):
     monkeypatch.setattr(tasks, "draw", lambda *args: lambda *args: jnp.full((2, 8, 8, 1), jnp.nan))
     with pytest.raises(FloatingPointError, match="moment_matching gave samples that are not finite"):
         controlled(runs, "grey", "inpaint", files["grey"], files["grey mask"])
+
+
+def test_flags_without_effect_are_refused(monkeypatch):
+    before, script = set(flags.FLAGS), []
+    monkeypatch.setattr(cli, "main", lambda run, **_: script.append(run))
+    monkeypatch.setattr(sample, "controlled", lambda *args: 1 / 0)
+    sample.main()
+    flags.FLAGS.mark_as_parsed()
+    try:
+        for given, error, message in (
+            ({"method": "dps"}, ValueError, "^--method: of --task only, which is missing"),
+            ({"task": "superres", "method": "dps", "solver": "ddim"}, ValueError, "^--solver: without effect .* 'dps'"),
+            ({"task": "edit", "method": "latent", "solver": "heun", "seed": 1}, ValueError, "^--solver, --seed: wi"),
+            ({"task": "superres", "method": "dps", "seed": 1}, ZeroDivisionError, "division"),
+            ({"task": "superres", "solver": "ddim"}, ZeroDivisionError, "division"),
+        ):
+            with flagsaver.flagsaver(**given), pytest.raises(error, match=message):
+                script[0](config_of("grey"), None)
+    finally:
+        flags.FLAGS.unparse_flags()
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
 
 
 def test_noise_of_another_kind_is_refused():
