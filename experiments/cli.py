@@ -53,41 +53,47 @@ def main(run: Callable[[ConfigDict, Run], int | None], *, evaluation: bool = Fal
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
 
     def start(argv):
-        try:
-            if len(argv) > 1:
-                raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
-            values = flags.FLAGS
-            keep_compiled_programs()
-            parallel.start_processes(
-                values.coordinator, values.processes, values.process, detect=values.detect, heartbeat=values.heartbeat
-            )
-            if jax.distributed.is_initialized():
-                # All are here. CPU devices that meet first after work of different length give up after 30 s.
-                wait_for_all("the start")
-            if evaluation and not trains and jax.process_count() > 1:
-                # JAX took it as a notice of pre-emption, which evaluations need not wait for: what is done is kept.
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            folder = Run(values.workdir)
-            if values.config is not None:
-                config = load(values.config, values.mode)
-            elif evaluation:
-                config = from_dict(folder.config())
-            else:
-                raise ValueError("--config is missing: for example --config configs/digits.py")
-            for text in values.set:
-                override(config, text)
-            config.protocol = values.protocol or config.protocol
-            checks.check(config)
-            return run(config, folder)
-        except (ValueError, TypeError, OSError, ImportError) as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            return 2
-        except (FloatingPointError, DamagedCheckpointError, LockedError) as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            return 3
+        if len(argv) > 1:
+            raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}")
+        values = flags.FLAGS
+        keep_compiled_programs()
+        parallel.start_processes(
+            values.coordinator, values.processes, values.process, detect=values.detect, heartbeat=values.heartbeat
+        )
+        if jax.distributed.is_initialized():
+            # All are here. CPU devices that meet first after work of different length give up after 30 s.
+            wait_for_all("the start")
+        if evaluation and not trains and jax.process_count() > 1:
+            # JAX took it as a notice of pre-emption, which evaluations need not wait for: what is done is kept.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        folder = Run(values.workdir)
+        if values.config is not None:
+            config = load(values.config, values.mode)
+        elif evaluation:
+            config = from_dict(folder.config())
+        else:
+            raise ValueError("--config is missing: for example --config configs/digits.py")
+        for text in values.set:
+            override(config, text)
+        config.protocol = values.protocol or config.protocol
+        checks.check(config)
+        return run(config, folder)
 
     # `--dry-run` reads better than `--dry_run`; absl knows names with underscores only.
-    app.run(start, argv=["--dry_run" if a == "--dry-run" else a for a in sys.argv])
+    arguments = ["--dry_run" if a == "--dry-run" else a for a in sys.argv]
+    app.run(lambda argv: exit_code(lambda: start(argv)), argv=arguments)
+
+
+def exit_code(run: Callable[[], int | None]) -> int | None:
+    """Return what run() returns, or print what it raises in a line and return 2 for bad input, 3 for what it met."""
+    try:
+        return run()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        told, code = error, 2
+    except (FloatingPointError, DamagedCheckpointError, LockedError) as error:
+        told, code = error, 3
+    print(f"{type(told).__name__}: {told}", file=sys.stderr)
+    return code
 
 
 def keep_compiled_programs() -> None:

@@ -83,10 +83,13 @@ def main() -> int:
     options = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
     name = "smoke" if options.smoke else "digits"
-    root = pathlib.Path(__file__).parents[1]
-    config = cli.load(str(root / "configs" / f"{name}.py"))
-    checks.check(config)
-    return demo(config, Run(options.workdir or f"runs/{name}"), name=name)
+
+    def run():
+        config = cli.load(str(pathlib.Path(__file__).parents[1] / "configs" / f"{name}.py"))
+        checks.check(config)
+        return demo(config, Run(options.workdir or f"runs/{name}"), name=name)
+
+    return cli.exit_code(run)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import sys
 
 import jax
 import numpy as np
@@ -20,7 +19,7 @@ from ml_collections import ConfigDict
 
 from experiments import checks, cli, model, tensors
 from experiments.artefacts import Run, read_json
-from jdiff import checkpoint, data
+from jdiff import data
 
 
 def export(config: ConfigDict, run: Run, out: str, *, step: int | None = None) -> dict[str, np.ndarray]:
@@ -61,15 +60,15 @@ def main() -> int:
     parser.add_argument("--step", type=int, default=None, help="which checkpoint; left out: the newest")
     options = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
-    try:
-        run = Run(options.workdir)
-        config = cli.from_dict(run.config())
+
+    def run():
+        folder = Run(options.workdir)
+        config = cli.from_dict(folder.config())
         checks.check(config)
-        export(config, run, options.out, step=options.step)
-    except (ValueError, TypeError, OSError, ImportError, checkpoint.DamagedCheckpointError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    return 0
+        export(config, folder, options.out, step=options.step)
+        return 0
+
+    return cli.exit_code(run)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import pathlib
-import sys
 
 import jax
 import numpy as np
@@ -157,15 +156,15 @@ def main() -> int:
     parser.add_argument("--sha256", default=None, help="what the file's SHA-256 must be")
     options = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
-    try:
+
+    def run():
         config = _configuration(options.config)
         checks.check(config)
         given = {"source": options.source, "sha256": options.sha256}
         import_checkpoint(config, Run(options.workdir), options.path, **given)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return cli.exit_code(run)
 
 
 if __name__ == "__main__":

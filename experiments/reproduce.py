@@ -15,7 +15,6 @@ import difflib
 import json
 import math
 import pathlib
-import sys
 from typing import NamedTuple
 
 from absl import logging
@@ -24,9 +23,7 @@ from ml_collections import ConfigDict
 from configs.song2021 import PUBLISHED, Published
 from experiments import checks, cli, likelihood, sample, train
 from experiments.artefacts import Run, read_json
-from experiments.lock import LockedError
 from jdiff import data
-from jdiff.checkpoint import DamagedCheckpointError
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 PROTOCOLS = ("jdiff", "song2021")
@@ -253,7 +250,8 @@ def main() -> int:
     options = _options()
     logging.set_verbosity(logging.ERROR)
     names = [options.row] if options.row else rows()
-    try:
+
+    def run():
         if options.smoke:
             for row in names:
                 print(f"{row}: {likelihood.report(smoke(row, f'{options.runs}_smoke'))}")
@@ -265,13 +263,9 @@ def main() -> int:
         print(table(entries))
         if options.json:
             pathlib.Path(options.json).write_text(json.dumps(entries, indent=2) + "\n")
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    except (FloatingPointError, DamagedCheckpointError, LockedError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 3
-    return 0
+        return 0
+
+    return cli.exit_code(run)
 
 
 if __name__ == "__main__":

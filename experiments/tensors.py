@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import uuid
 
 import numpy as np
 import safetensors
@@ -45,7 +46,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, np.ndarray]
 
 def write(path: str | os.PathLike, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     """Write a file."""
-    temporary = pathlib.Path(path).with_name(f".{pathlib.Path(path).name}.{os.getpid()}")
+    temporary = pathlib.Path(path).with_name(f".{pathlib.Path(path).name}.{uuid.uuid4().hex}")
     try:
         safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, metadata)
         temporary.replace(path)

@@ -14,6 +14,8 @@ import experiments
 from configs.song2021 import PUBLISHED
 from experiments import reproduce
 from experiments.artefacts import Run
+from experiments.lock import LockedError
+from jdiff.checkpoint import DamagedCheckpointError
 
 ROW = "vp/cifar10_ddpmpp_continuous"
 GUIDE = pathlib.Path(__file__).parents[1] / "docs" / "reproduce.md"
@@ -154,7 +156,7 @@ def test_the_smoke_twins_stop_where_one_is_interrupted_or_fails(tmp_path, monkey
     with pytest.raises(SystemExit) as stopped:
         reproduce.main()
     assert stopped.value.code == 130 and len(asked) == 1
-    for error in (FloatingPointError, reproduce.DamagedCheckpointError, reproduce.LockedError):
+    for error in (FloatingPointError, DamagedCheckpointError, LockedError):
 
         def fail(config, run, error=error):
             raise error("why")
