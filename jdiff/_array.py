@@ -230,14 +230,19 @@ def call(field: Field, x: PyTree, t: Array) -> PyTree:
     return out
 
 
+def widened(x: Array) -> Array:
+    """Return x in `coefficient_dtype(x)`, in which it is squared: half precision has no squares above 65504."""
+    return x.astype(coefficient_dtype(x))
+
+
 def sum_event(x: Array) -> Array:
-    """Sum over all axes but the first."""
-    return jnp.sum(x, axis=tuple(range(1, x.ndim)))
+    """Sum over all axes but the first, in `coefficient_dtype(x)`."""
+    return jnp.sum(widened(x), axis=tuple(range(1, x.ndim)))
 
 
 def mean_event(x: Array) -> Array:
-    """Average over all axes but the first."""
-    return jnp.mean(x, axis=tuple(range(1, x.ndim)))
+    """Average over all axes but the first, in `coefficient_dtype(x)`."""
+    return jnp.mean(widened(x), axis=tuple(range(1, x.ndim)))
 
 
 def event_size(x: PyTree) -> int:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import log_ndtr
 
-from jdiff._array import batch_time, check_array, check_integers, coefficient_dtype, expand, scalars, sum_event
+from jdiff._array import batch_time, check_array, check_integers, expand, scalars, sum_event, widened
 from jdiff._typing import Array, Process
 from jdiff.transforms import DataTransform
 
@@ -24,12 +24,13 @@ def decode(process: Process, z: Array, t: Array, levels: Array, transform: DataT
     """
     check_array(z, "z")
     _check_levels(levels, z, "z")
+    z = widened(z)
     alpha, sigma = (expand(c, z)[..., None] for c in process.marginal(batch_time(t, z)))
     centers = transform.center(jnp.arange(transform.levels), dtype=z.dtype)
     centers = centers.reshape((1,) * z.ndim + centers.shape)
     logits = -0.5 * ((z[..., None] - alpha * centers) / sigma) ** 2
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), levels[..., None].astype(jnp.int32), axis=-1)
-    return sum_event(picked).astype(coefficient_dtype(z))
+    return sum_event(picked)
 
 
 def decode_cells(mean: Array, std: Array, levels: Array, transform: DataTransform) -> Array:
@@ -44,7 +45,7 @@ def decode_cells(mean: Array, std: Array, levels: Array, transform: DataTransfor
     """
     check_array(mean, "mean")
     _check_levels(levels, mean, "mean")
-    mean = mean.astype(coefficient_dtype(mean))  # the normal distribution has no half precision
+    mean = widened(mean)  # the normal distribution has no half precision
     center, std = transform.center(levels, dtype=mean.dtype), expand(scalars(std, mean, "std"), mean)
     a, b = ((center + side * transform.width - mean) / std for side in (-0.5, 0.5))
     a = jnp.where(levels == 0, -jnp.inf, a)

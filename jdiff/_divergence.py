@@ -8,10 +8,19 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import check_count, event_size, example_keys, fold_in, normal_like, rademacher_like, sum_event
+from jdiff._array import (
+    check_array,
+    check_count,
+    event_size,
+    example_keys,
+    fold_in,
+    normal_like,
+    rademacher_like,
+    sum_event,
+)
 from jdiff._typing import Array, Key, PyTree
 
-__all__ = ["Divergence", "check_divergence", "directions", "trace", "value_and_products"]
+__all__ = ["Divergence", "check_divergence", "check_points", "directions", "trace", "value_and_products"]
 
 Divergence = Literal["rademacher", "gaussian", "exact"]
 
@@ -28,6 +37,22 @@ def check_divergence(key: Key | None, divergence: str, probes: int) -> None:
         raise ValueError(f"probes must be at least 1, and 1 for the exact divergence; got {probes}")
     if divergence != "exact" and key is None:
         raise ValueError("random probes need a key, got None")
+
+
+def check_points(x: Array) -> Array:
+    """Return the points of a log-density as an array of JAX; times and log-determinants are of its dtype.
+
+    Raises:
+      ValueError: not of shape (batch, *event).
+      TypeError: not floating point, or below float32.
+    """
+    check_array(x)
+    x = jnp.asarray(x)
+    if x.ndim < 2:
+        raise ValueError(f"x must have shape (batch, *event), got {x.shape}")
+    if jnp.finfo(x.dtype).bits < 32:
+        raise TypeError(f"x must be float32 or wider, got {x.dtype}: times and log-determinants are of its dtype")
+    return x
 
 
 def directions(key: Key | None, x: Array, divergence: Divergence, probes: int) -> Array:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdiff import processes
-from jdiff._array import batch_time, check_array, check_grid, check_per_example, flat, is_concrete, lincomb, sum_event
-from jdiff._divergence import Divergence, check_divergence, directions, trace, value_and_products
+from jdiff._array import batch_time, check_grid, check_per_example, flat, is_concrete, lincomb, sum_event
+from jdiff._divergence import Divergence, check_divergence, check_points, directions, trace, value_and_products
 from jdiff._typing import Array, Field, Key, Kind, Process
 from jdiff.sde import probability_flow
 from jdiff.solvers.tableaus import RK4, Tableau
@@ -79,12 +79,7 @@ def maximum_likelihood(
         not fit.
       TypeError: x not floating point or below float32, keys not typed threefry keys.
     """
-    check_array(x)
-    x = jnp.asarray(x)
-    if x.ndim < 2:
-        raise ValueError(f"x must have shape (batch, *event), got {x.shape}")
-    if jnp.finfo(x.dtype).bits < 32:
-        raise TypeError(f"x must be float32 or wider, got {x.dtype}: times and log-determinants are of its dtype")
+    x = check_points(x)
     check_divergence(key, divergence, probes)
     if gradient not in ("adjoint", "discrete"):
         raise ValueError(f"unknown gradient {gradient!r}; choose 'adjoint' or 'discrete'")
@@ -130,10 +125,7 @@ def _integrate(rates, tableau, state, totals, ts):
     differentiated.
     """
     count = len(tableau.b)
-    table = np.zeros((count, count))
-    for i, row in enumerate(tableau.a):
-        table[i + 1, : i + 1] = row
-    rows, b, c = (jnp.asarray(numbers, ts.dtype) for numbers in (table, tableau.b, tableau.c))
+    rows, b, c = (jnp.asarray(numbers, ts.dtype) for numbers in (tableau.matrix, tableau.b, tableau.c))
 
     def moved(state, h, weights, slopes):
         def leaf(x, k):

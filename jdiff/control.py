@@ -31,6 +31,7 @@ from jdiff._array import (
     lincomb,
     scalars,
     sum_event,
+    widened,
 )
 from jdiff._typing import Array, Field, Process
 from jdiff.operators import LinearOperator, check_example, conjugate_gradients, solve
@@ -199,7 +200,7 @@ def dps_sampler(
         check_array(x)
         x0, pull = jax.vjp(lambda x: call(denoise, x, t), x)
         residual, back = _residual(measure, y, x0)
-        norm = jnp.sqrt(sum_event(residual**2))
+        norm = jnp.sqrt(sum_event(widened(residual) ** 2))
         uphill = pull(back(lincomb((1 / jnp.where(norm > 0, norm, 1), residual))))[0]
         state = ddim(process, lambda x, t: x0, eta, noise=noise).step(keys, state, t, s)
         return State(lincomb((1.0, state.x), (scalars(scale, x, "scale"), uphill)))

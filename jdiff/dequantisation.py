@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.scipy.special import erf, logsumexp
 from jax.typing import DTypeLike
 
-from jdiff._array import batch_time, check_array, check_positive, event_size, example_keys, expand, sum_event
+from jdiff._array import batch_time, check_array, check_positive, event_size, example_keys, expand, sum_event, widened
 from jdiff._typing import Array, Key, Process
 from jdiff.processes import time_at
 from jdiff.transforms import DataTransform, check_images, size_of
@@ -81,7 +81,7 @@ def truncated_normal(
     tau = (0.5 * transform.width * alpha / sigma).astype(center.dtype)
     z = jax.vmap(lambda k, end: jax.random.truncated_normal(k, -end, end, center.shape[1:], center.dtype))(keys, tau)
     log_norm = jnp.log(sigma) + jnp.log(erf(tau.astype(sigma.dtype) / math.sqrt(2))) + 0.5 * math.log(2 * math.pi)
-    log_q = -0.5 * sum_event(z**2).astype(sigma.dtype) - event_size(center) * log_norm
+    log_q = -0.5 * sum_event(widened(z) ** 2) - event_size(center) * log_norm
     return Dequantised(expand(alpha, center) * center + expand(sigma, center) * z, log_q)
 
 

@@ -25,6 +25,7 @@ from jdiff._array import (
     lincomb,
     mean_event,
     normal_like,
+    widened,
 )
 from jdiff._typing import Array, Field, Key, Process
 from jdiff.sde import SDE
@@ -200,7 +201,7 @@ def loss(
     z = normal_like(example_keys(keys, batch), x0)
     target = velocity(interpolant, x0, x1, z, t) if predict == "velocity" else z
     out = call(field, interpolate(interpolant, x0, x1, z, t), t)
-    return mean_event((out - target) ** 2)
+    return mean_event(widened(out - target) ** 2)
 
 
 def score(interpolant: Interpolant, noise: Field) -> Field:

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdiff import processes
-from jdiff._array import check_array, check_per_example, coefficient_dtype, flat, is_concrete
-from jdiff._divergence import Divergence, check_divergence, directions, value_and_products
+from jdiff._array import check_per_example, coefficient_dtype, flat, is_concrete
+from jdiff._divergence import Divergence, check_divergence, check_points, directions, value_and_products
 from jdiff._typing import Array, Field, Key, Kind, Process
 from jdiff.sde import SDE, NoiseTime, in_noise_time, noise_time, probability_flow
 from jdiff.solvers.adaptive import integrate_adaptive
@@ -90,11 +90,10 @@ def log_likelihood(
     Raises:
       ValueError: unknown divergence, kind or variable, a variable that is infinite at t_min or t_max, probes < 1,
         tolerances <= 0, t_min outside [0, t_max), keys that do not fit.
-      TypeError: x not floating point, keys not typed threefry keys.
+      TypeError: x not floating point or below float32, keys not typed threefry keys.
     """
-    batch, x = check_array(x), jnp.asarray(x)
-    if x.ndim < 2:
-        raise ValueError(f"x must have shape (batch, *event), got {x.shape}")
+    x = check_points(x)
+    batch = len(x)
     check_divergence(key, divergence, probes)
     if variable not in (variables := ("t", *get_args(NoiseTime))):
         raise ValueError(f"unknown variable {variable!r}; choose one of {', '.join(variables)}")
@@ -117,11 +116,13 @@ def log_likelihood(
     ode = SDE(augmented)
     ends: tuple[Array | float, Array | float] = t_min, process.t_max
     if variable != "t":
-        known = all(is_concrete(leaf) for leaf in jax.tree.leaves(process))
+        # A process that is no pytree is its own leaf, and its numbers may be traced.
+        numbers = int | float | np.generic | np.ndarray | jax.Array
+        known = all(isinstance(leaf, numbers) and is_concrete(leaf) for leaf in jax.tree.leaves(process))
         with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
             start, stop = (noise_time(process, jnp.asarray(t, coefficient_dtype(x)), variable) for t in ends)
             ends = start, stop
-        if known and not np.isfinite(ends).all():
+        if all(map(is_concrete, ends)) and not np.isfinite(ends).all():
             raise ValueError(
                 f"variable={variable!r} is not finite from t = {t_min} to {process.t_max}, where alpha or sigma is 0: "
                 "integrate this process in 't' or 'angle'"

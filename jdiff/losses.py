@@ -22,11 +22,13 @@ from jdiff._array import (
     check_array,
     check_integers,
     check_like,
+    check_per_example,
     check_positive,
     example_keys,
     expand,
     mean_event,
     normal_like,
+    widened,
 )
 from jdiff._typing import Array, Field, Key, Kind, Process
 from jdiff.predictions import check_kind, coefficients
@@ -55,12 +57,12 @@ def unit(process: Process, t: Array, predict: Kind) -> Array:
 
 
 def snr(process: Process, t: Array, predict: Kind) -> Array:
-    """Return the weight of SNR |x_0 error|^2 = |eps error|^2: alpha^2 / det^2.
+    """Return the weight of SNR |x_0 error|^2 = |eps error|^2: alpha^2 / det^2, also where alpha = 0.
 
     Ho et al. 2020 (arXiv 2006.11239), eq. 14, for any predicted kind.
     """
-    alpha, _ = process.marginal(as_floating(t))
-    return (alpha / _det(process, t, predict)) ** 2
+    alpha, _, det = _terms(process, t, predict, limit=True)
+    return (alpha / det) ** 2
 
 
 sigma2 = snr
@@ -74,7 +76,8 @@ def likelihood(process: Process, t: Array, predict: Kind) -> Array:
     = 0.
     """
     alpha, sigma, dalpha, dsigma = rates(process, t)
-    return 2 * alpha * (alpha * dsigma - sigma * dalpha) / (sigma * _det(process, t, predict) ** 2)
+    _, _, det = _terms(process, t, predict)
+    return 2 * alpha * (alpha * dsigma - sigma * dalpha) / (sigma * det**2)
 
 
 def min_snr(gamma: float = 5.0) -> Weighting:
@@ -87,8 +90,8 @@ def min_snr(gamma: float = 5.0) -> Weighting:
         raise ValueError(f"gamma must be positive, got {gamma}")
 
     def weight(process, t, predict):
-        alpha, sigma = process.marginal(t)
-        return jnp.minimum(alpha**2, gamma * sigma**2) / _det(process, t, predict) ** 2
+        alpha, sigma, det = _terms(process, t, predict, limit=True)
+        return jnp.minimum(alpha**2, gamma * sigma**2) / det**2
 
     return weight
 
@@ -104,8 +107,8 @@ def edm(sigma_data: float = 0.5) -> Weighting:
     check_positive(sigma_data, "sigma_data")
 
     def weight(process, t, predict):
-        alpha, sigma = process.marginal(t)
-        return (sigma**2 + (alpha * sigma_data) ** 2) / (sigma_data * _det(process, t, predict)) ** 2
+        alpha, sigma, det = _terms(process, t, predict)
+        return (sigma**2 + (alpha * sigma_data) ** 2) / (sigma_data * det) ** 2
 
     return weight
 
@@ -156,7 +159,8 @@ def denoising(
     a, b = coefficients(process, t, predict)
     target = expand(a, x0) * x0 + expand(b, x0) * eps
     out = call(field, perturb(process, x0, eps, t), t)
-    return weight(process, t, predict) * mean_event((out - target) ** 2).astype(t.dtype)
+    weights = check_per_example(weight(process, t, predict), batch, "weight")
+    return weights * mean_event(widened(out - target) ** 2).astype(t.dtype)
 
 
 def classification(
@@ -226,8 +230,11 @@ def _check_label(label, batch):
         raise ValueError(f"label must have shape ({batch},), one per example, got {label.shape}")
 
 
-def _det(process, t, predict):
+def _terms(process, t, predict, *, limit=False):
+    """Return alpha, sigma and det; with limit a tiny alpha for 0 where det = alpha b (eps and score)."""
     t = as_floating(t)
     alpha, sigma = process.marginal(t)
+    if limit and predict in ("eps", "score"):
+        alpha = jnp.where(alpha == 0, 2.0**-30, alpha)  # derivatives divide by its fourth power
     a, b = coefficients(process, t, predict)
-    return alpha * b - sigma * a
+    return alpha, sigma, alpha * b - sigma * a

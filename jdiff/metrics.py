@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import check_array, check_like, check_positive, flat, mean_event
+from jdiff._array import check_array, check_like, check_positive, flat, mean_event, widened
 from jdiff._typing import Array
 
 __all__ = ["energy_distance", "frechet_distance", "gaussian_kl", "gaussian_w2", "psnr"]
@@ -100,7 +100,7 @@ def psnr(x: Array, y: Array, peak: float) -> Array:
     check_array(x)
     check_like(y, x, "y")
     check_positive(peak, "peak")
-    return 10 * jnp.log10(peak**2 / mean_event((x - y) ** 2))
+    return 10 * jnp.log10(peak**2 / mean_event(widened(x - y) ** 2))
 
 
 def _check_gaussians(mean, covariance, other_mean, other_covariance):

@@ -12,7 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdiff._array import add_zero, check_array, check_count, check_positive, expand, full_like_batch, scalars, sum_event
+from jdiff._array import (
+    add_zero,
+    check_array,
+    check_count,
+    check_positive,
+    expand,
+    full_like_batch,
+    scalars,
+    sum_event,
+    widened,
+)
 from jdiff._typing import Array
 
 __all__ = [
@@ -220,8 +230,8 @@ def conjugate_gradients(matrix: Callable[[Array], Array], b: Array, iterations: 
     """
     check_array(b, "b")
     check_count(iterations, "iterations", 0)
-    inner = lambda a, b: sum_event(a * b)
-    least = (jnp.finfo(b.dtype).eps ** 2) * inner(b, b)
+    inner = lambda a, b: sum_event(widened(a) * widened(b))
+    least = float(jnp.finfo(b.dtype).eps) ** 2 * inner(b, b)
 
     def step(_, carry):
         u, r, p, rr = carry

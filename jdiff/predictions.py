@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jdiff._array import as_floating, batch_time, call, check_array, check_like, expand, lincomb
+from jdiff._array import as_floating, batch_time, call, check_array, check_like, expand, lincomb, widened
 from jdiff._typing import KINDS, Array, Field, Kind, Process
 from jdiff.processes import rates
 
@@ -144,13 +144,14 @@ def precondition(
 
     def field(x, t):
         check_array(x)
-        t = batch_time(t, x)
+        t, dtype, x = batch_time(t, x), x.dtype, widened(x)
         alpha, sigma = (expand(c, x) for c in process.marginal(t))
         a, b = (expand(c, x) for c in coefficients(process, t, predict))
         m, d = (jnp.broadcast_to(jnp.asarray(c, x.dtype), x.shape[1:])[None] for c in (mean, sigma_data))
         s = jnp.sqrt((alpha * d) ** 2 + sigma**2)
         y = x - alpha * m
-        out = call(net, y / s, t)
-        return a * m + (a * alpha * d**2 + b * sigma) / s**2 * y + (a * d * sigma - b * alpha * d) / s * out
+        out = widened(call(net, (y / s).astype(dtype), t))
+        whole = a * m + (a * alpha * d**2 + b * sigma) / s**2 * y + (a * d * sigma - b * alpha * d) / s * out
+        return whole.astype(dtype)
 
     return field

@@ -26,6 +26,7 @@ from jdiff._array import (
     expand,
     normal_like,
     sum_event,
+    widened,
 )
 from jdiff._pytree import register_dataclass
 from jdiff._typing import Array, Key, Process
@@ -321,6 +322,7 @@ def prior_log_prob(process: Process, x: Array) -> Array:
       TypeError: x is not floating point.
     """
     check_array(x)
+    x = widened(x)
     std = jnp.asarray(prior_std(process), x.dtype)
     size = math.prod(x.shape[1:])
     return -0.5 * sum_event((x / std) ** 2) - size * (jnp.log(std) + 0.5 * math.log(2 * math.pi))

@@ -11,7 +11,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jdiff._array import batch_time, call, check_array, sum_event
+from jdiff._array import batch_time, call, check_array, sum_event, widened
 from jdiff._divergence import check_divergence, directions, value_and_products
 from jdiff._typing import Array, Field, Key
 
@@ -37,7 +37,7 @@ def implicit(score: Field, x: Array, t: Array | float) -> Array:
     """
     check_array(x)
     value, traces = _derivatives(score, x, t, directions(None, x, "exact", 1))
-    return 0.5 * sum_event(value**2) + jnp.sum(traces, axis=1)
+    return 0.5 * sum_event(widened(value) ** 2) + jnp.sum(traces, axis=1)
 
 
 def sliced(
@@ -78,8 +78,8 @@ def sliced(
     tangents = directions(key, x, probe, probes)
     value, traces = _derivatives(score, x, t, tangents)
     if reduce_variance:
-        return 0.5 * sum_event(value**2) + jnp.mean(traces, axis=1)
-    slices = jnp.sum(tangents * value[None], axis=tuple(range(2, tangents.ndim)))
+        return 0.5 * sum_event(widened(value) ** 2) + jnp.mean(traces, axis=1)
+    slices = jnp.sum(widened(tangents * value[None]), axis=tuple(range(2, tangents.ndim)))
     return 0.5 * jnp.mean(slices**2, axis=0) + jnp.mean(traces, axis=1)
 
 

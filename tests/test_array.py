@@ -92,6 +92,11 @@ def test_reductions_keep_the_batch():
     x = np.random.default_rng(1).normal(size=(3, 4, 5)).astype(np.float32)
     np.testing.assert_allclose(_array.sum_event(x), x.reshape(3, -1).sum(1), rtol=1e-5)
     np.testing.assert_allclose(_array.mean_event(x), x.reshape(3, -1).mean(1), rtol=1e-5)
+    half = jnp.full((2, 8), 300, jnp.float16)  # of which neither sum of squares nor square fits in
+    square, mean = _array.sum_event(_array.widened(half) ** 2), _array.mean_event(_array.widened(half) ** 2)
+    assert square.dtype == mean.dtype == jnp.float32
+    np.testing.assert_array_equal([square, mean], [[720_000] * 2, [90_000] * 2])
+    np.testing.assert_array_equal(_array.sum_event(jnp.full((2, 400), 300, jnp.float16)), [120_000] * 2)
     assert _array.event_size(x) == 20 and _array.event_size(tree()) == 14
     np.testing.assert_array_equal(_array.full_like_batch(x, 0.25), np.full(3, 0.25))
 

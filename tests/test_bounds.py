@@ -273,6 +273,10 @@ def test_decoders():
     centers = np.array([-0.75, -0.25, 0.25, 0.75])[:, None]
     q = scipy.stats.norm.pdf(np.asarray(z)[:, 0][None], alpha * centers, sigma)
     np.testing.assert_allclose(posterior, q / q.sum(axis=0), rtol=1e-4)
+    # In half precision z alone is rounded.
+    half = z.astype(jnp.bfloat16)
+    found = (bounds.decode(EIGHT, z, t, each[1], LEVELS) for z in (half, half.astype(jnp.float32)))
+    np.testing.assert_array_equal(*found)
     decode_cells = jax.jit(bounds.decode_cells, static_argnums=3)
     cells = np.stack([np.exp(decode_cells(z, np.full(3, 0.4, np.float32), k, LEVELS)) for k in each])
     edges = np.array([-np.inf, -0.5, 0, 0.5, np.inf])[:, None]

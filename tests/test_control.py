@@ -137,6 +137,13 @@ def test_dps_sampler_is_algorithm_one(x64):
     np.testing.assert_allclose(step(key, solvers.State(x), t, s).x, want, rtol=1e-9, atol=1e-9)
 
 
+def test_dps_sampler_in_half_precision_has_a_distance():
+    """Each of 4 entries is 300 away: the gradient of their distance of 600 is 1/2 in each."""
+    x = jnp.zeros((2, 4), jnp.float16)
+    solver = control.dps_sampler(jdiff.VP(), lambda x, t: x, lambda x: x, x + 300, eta=0.0)
+    np.testing.assert_allclose(solver.step(None, solvers.State(x), 0.5, 0.4).x, np.full((2, 4), 0.5), rtol=1e-3)
+
+
 @pytest.mark.parametrize("method", ["dps", "dps_sampler", "pseudoinverse", "moment_matching"])
 def test_one_forward_pass_and_one_vjp_a_step(method):
     """Counted in the program: each sin is a forward pass of the network, each tanh a vjp."""

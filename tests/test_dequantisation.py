@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +49,20 @@ def test_truncated_normal_is_scipy_s(transform, tau):
     np.testing.assert_allclose(log_q, np.sum(law.logpdf(inside) - np.log(sigma), axis=1), rtol=1e-3, atol=5e-3)
     assert scipy.stats.kstest(inside.ravel(), law.cdf).pvalue > 1e-3
     np.testing.assert_array_equal(transform.inverse(x / jnp.float32(alpha)), k)
+
+
+def test_a_density_of_draws_in_half_precision_is_of_float32():
+    process, transform, t = jdiff.VP(), TRANSFORMS[0], 0.02
+    k, key = levels(transform), jax.random.split(jax.random.key(0), len(levels(transform)))
+    alpha, sigma = (float(c) for c in process.marginal(jnp.asarray(t)))
+    tau = 0.5 * transform.width * alpha / sigma
+    half = lambda a: jnp.asarray(a, jnp.bfloat16)
+    draw = lambda key: jax.random.truncated_normal(key, half(-tau), half(tau), k.shape[1:], jnp.bfloat16)
+    z = np.float64(jax.vmap(draw)(key))
+    log_q = dequantisation.truncated_normal(key, transform, k, process, t, dtype=jnp.bfloat16)[1]
+    norm = math.log(sigma * math.sqrt(2 * math.pi) * math.erf(float(half(tau)) / math.sqrt(2)))
+    want = -0.5 * np.sum(z**2, axis=1) - k[0].size * norm
+    np.testing.assert_allclose(log_q, want, rtol=1e-5)
 
 
 def test_a_wide_normal_is_uniform_and_a_narrow_one_normal():

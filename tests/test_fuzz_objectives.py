@@ -57,7 +57,7 @@ ENTRIES = [
         jdiff.log_likelihood,
         {
             "key": keys("x", none=lambda a: a["divergence"] == "exact"),
-            "x": event,
+            "x": event32,
             "field": shrink,
             "predict": kind,
             "divergence": word("rademacher", "rademacher", "gaussian", "exact"),

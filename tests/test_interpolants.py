@@ -208,6 +208,13 @@ def test_sdes_arrive_at_both_ends(x64, name, towards):
         assert np.corrcoef(end, np.asarray(x)[:, 0])[0, 1] < 0.95
 
 
+def test_a_loss_in_half_precision_is_of_float32():
+    x0 = jnp.full((3, 2), 300, jnp.float16)
+    got = interpolants.loss(jax.random.key(0), lambda x, t: jnp.zeros_like(x), interpolants.linear(), x0, -x0, 0.5)
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, np.full(3, 360_000))
+
+
 def test_bad_input():
     x, path, key = jnp.ones((3, 2)), interpolants.linear(), jax.random.key(0)
     run = lambda keys=key, x1=x, **options: interpolants.loss(keys, lambda x, t: x, path, x, x1, 0.5, **options)

@@ -305,6 +305,34 @@ def test_steps_in_other_times_give_the_same_likelihood(x64):
     np.testing.assert_allclose(angle.log_prob, t.log_prob, atol=1e-5)
 
 
+class Wrapped:
+    """A process of another's numbers that JAX does not know as a pytree."""
+
+    t_min, t_max, prior_std = 1e-3, 1.0, 1.0
+
+    def __init__(self, process):
+        self.process = process
+
+    def marginal(self, t):
+        return self.process.marginal(t)
+
+
+def test_a_process_that_is_no_pytree_may_have_traced_numbers():
+    x = jnp.asarray([[0.3], [-0.8]])
+    options = dict(divergence="exact", rtol=1e-4, atol=1e-4, variable="log_snr")
+    exact = lambda process: analytic.gaussian(process, jnp.zeros(1), 0.5)
+
+    @jax.jit
+    def traced(beta_max):
+        process = Wrapped(jdiff.VP(beta_max=beta_max))
+        end = lambda z: exact(process).log_prob(z, 1.0)
+        return log_likelihood(None, process, exact(process).score, x, prior_log_prob=end, **options).log_prob
+
+    np.testing.assert_allclose(traced(12.0), exact(jdiff.VP(beta_max=12.0)).log_prob(x, 1e-3), atol=1e-3)
+    with pytest.raises(ValueError, match="alpha"):
+        log_likelihood(None, Wrapped(jdiff.Rectified()), lambda x, t: -x, x, predict="velocity", **options)
+
+
 def test_bad_input():
     x, key = jnp.ones((2, 3)), jax.random.key(0)
     run = lambda key=key, x=x, field=coupled, **options: log_likelihood(key, jdiff.VP(), field, x, **options)
@@ -332,6 +360,8 @@ def test_bad_input():
         run(key=jax.random.PRNGKey(0))
     with pytest.raises(TypeError, match="floating point, got dtype int32"):
         run(x=jnp.ones((2, 3), int))
+    with pytest.raises(TypeError, match="float32 or wider, got bfloat16"):
+        run(x=jnp.ones((2, 3), jnp.bfloat16))
     with pytest.raises(TypeError, match="x must be one array"):
         run(x={"a": x})
     with pytest.raises(ValueError, match=r"\(batch, \*event\), got \(2,\)"):

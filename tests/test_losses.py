@@ -198,6 +198,25 @@ def test_half_precision_data_give_float32_losses():
     x0 = jnp.ones((2, 3), jnp.bfloat16)
     got = losses.denoising(jax.random.key(0), lambda x, t: x, jdiff.VP(), x0, 0.5, predict="eps")
     assert got.dtype == jnp.float32
+    # Scores of about 1e3 at the smallest time, whose squares float16 does not have.
+    eps, zero = jax.random.normal(jax.random.key(1), (2, 3)), lambda x, t: jnp.zeros_like(x)
+    whole, half = (
+        losses.denoising(None, zero, jdiff.VP(), x0.astype(d), 1e-5, predict="score", eps=eps.astype(d))
+        for d in (jnp.float32, jnp.float16)
+    )
+    np.testing.assert_allclose(half, whole, rtol=5e-3)
+
+
+@pytest.mark.parametrize("process", [jdiff.Rectified(), jdiff.Cosine()])
+@pytest.mark.parametrize("weight", [losses.snr, losses.min_snr(5.0), losses.min_snr(0.5)])
+def test_weights_by_the_snr_where_it_is_zero(process, weight):
+    """|eps error|^2 has weight 1 and |score error|^2 sigma^2, of which the derivative is 2 sigma sigma'."""
+    for kind, want, slope in (("eps", 1, 0), ("score", 1, 2 if process == jdiff.Rectified() else 0)):
+        got = jax.jvp(lambda t, kind=kind: weight(process, t, kind), (jnp.ones(2),), (jnp.ones(2),))
+        np.testing.assert_allclose(got, [[want] * 2, [slope] * 2], rtol=1e-6, atol=1e-6, err_msg=kind)
+        back = jax.grad(lambda t, kind=kind: weight(process, t, kind))(1.0)
+        np.testing.assert_allclose(back, slope, rtol=1e-6, atol=1e-6, err_msg=kind)
+    np.testing.assert_array_equal(weight(process, jnp.ones(2), "x0"), np.zeros(2))
 
 
 def test_bad_input():
@@ -226,6 +245,9 @@ def test_bad_input():
         run(key=jax.random.split(key, 2))
     with pytest.raises(ValueError, match=r"eps must have the shape of x0, \(3, 2\); got \(3, 1\)"):
         run(eps=x0[:, :1])
+    for weight in (lambda p, t, kind: t[:, None], lambda p, t, kind: 1.0):
+        with pytest.raises(ValueError, match=r"weight must give one number per example, shape \(3,\)"):
+            run(weight=weight)
     with pytest.raises(ValueError, match="gamma must be positive, got 0"):
         losses.min_snr(0)
     with pytest.raises(ValueError, match="sigma_data must be positive and finite, got -1"):

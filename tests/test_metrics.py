@@ -96,5 +96,7 @@ def test_psnr(x64):
     y = jnp.array([[[0.1, 0.9]], [[1.0, 0.0]]])
     np.testing.assert_allclose(metrics.psnr(x, y, 1.0), [20.0, 10 * np.log10(2)])
     np.testing.assert_allclose(metrics.psnr(2 * x, 2 * y, 2.0), metrics.psnr(x, y, 1.0))
+    half = metrics.psnr(jnp.full((2, 3), 300, jnp.float16), jnp.zeros((2, 3), jnp.float16), 300)
+    np.testing.assert_array_equal(half, [0, 0])  # whose squares are above all numbers of float16
     with pytest.raises(ValueError, match="the shape of x"):
         metrics.psnr(x, y[:1], 1.0)

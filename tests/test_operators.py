@@ -95,6 +95,9 @@ def test_conjugate_gradients_keep_examples_apart_and_stop(x64):
     basis = np.stack([b[0], matrices[0] @ b[0]], axis=1)
     want = basis @ np.linalg.solve(basis.T @ matrices[0] @ basis, basis.T @ b[0])
     np.testing.assert_allclose(few, want, rtol=1e-9)
+    # float16 has neither the square of the largest right-hand side nor that of the smallest.
+    half = jnp.asarray([[300.0, -600.0], [1e-4, 2e-4]], jnp.float16)
+    np.testing.assert_array_equal(operators.conjugate_gradients(lambda u: 2 * u, half, 3), half / 2)
 
 
 def test_adjoints_and_inverses_inside_shard_map():

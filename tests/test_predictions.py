@@ -309,6 +309,12 @@ def test_dtypes_and_shapes():
     x, t = jnp.ones((2, 3, 4), jnp.bfloat16), jnp.array([0.1, 0.5])
     assert predictions.convert(jdiff.VP(), x, x, t, "v", "score").dtype == jnp.bfloat16
     assert predictions.precondition(jdiff.VP(), lambda x, t: x, 0.5)(x, t).dtype == jnp.bfloat16
+    # The square of the largest sigma is no number of float16.
+    field = predictions.precondition(jdiff.VE(sigma_max=378.0), lambda x, t: jnp.sin(x), 0.5, mean=0.25, predict="eps")
+    x = jnp.asarray([[300.0, -700.0], [1.0, 0.5]], jnp.float16)
+    np.testing.assert_allclose(
+        field(x, jnp.array([1.0, 0.1])), field(x.astype(jnp.float32), np.array([1.0, 0.1])), rtol=5e-3
+    )
     spread = jnp.full((3, 4), 0.5)
     assert predictions.precondition(jdiff.VP(), lambda x, t: x, spread)(jnp.ones((2, 3, 4)), 0.3).shape == (2, 3, 4)
 

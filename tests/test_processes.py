@@ -124,6 +124,9 @@ def test_prior(process, std):
     x = std * np.random.default_rng(0).normal(size=(5, 3, 4))
     want = scipy.stats.norm(0, std).logpdf(x).sum((1, 2))
     np.testing.assert_allclose(processes.prior_log_prob(process, x.astype(np.float32)), want, rtol=3e-6)
+    half = jnp.asarray(x[:, 0], jnp.bfloat16)
+    whole = processes.prior_log_prob(process, half.astype(jnp.float32))
+    np.testing.assert_array_equal(processes.prior_log_prob(process, half), whole)
     keys = jax.random.split(jax.random.key(1), 100)
     draws = np.asarray(processes.prior_sample(keys, process, (100, 20, 10)))
     assert draws.shape == (100, 20, 10) and draws.dtype == np.float32

@@ -114,6 +114,17 @@ def test_an_example_depends_on_its_own_key_alone():
     np.testing.assert_allclose(run(keys, x)[1:], run(keys[1:], x[1:]), rtol=1e-6)
 
 
+def test_losses_in_half_precision_are_of_float32():
+    """Of one entry all are s^2 / 2 + s': 300^2 is not a number of float16."""
+    x = jnp.ones((2, 1), jnp.float16)
+    score = lambda x, t: 300 * x
+    found = [score_matching.implicit(score, x, T)]
+    for reduce_variance in (True, False):
+        found.append(score_matching.sliced(jax.random.key(0), score, x, T, reduce_variance=reduce_variance))
+    assert all(loss.dtype == jnp.float32 for loss in found)
+    np.testing.assert_array_equal(found, np.full((3, 2), 45_300))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [

@@ -82,6 +82,11 @@ def test_langevin_bounds_its_step_where_the_score_vanishes():
     solver = solvers.langevin(lambda x, t: jnp.full_like(x, 1e-12), largest=lambda s: bound * s, noise=unit)
     moved = solver.step(None, solver.init(x), 1.0, 0.5).x
     np.testing.assert_allclose(moved, jnp.sqrt(2 * 0.5 * bound)[:, None] * jnp.ones((1, 4)), rtol=1e-6)
+    # At sigma = 0.05 a score of 3072 entries has a square of 1.2e6, which is no number of float16.
+    moved = solvers.langevin(lambda x, t: jnp.full_like(x, 20), noise=unit)
+    moved = moved.step(None, solvers.State(jnp.zeros((3, 3072), jnp.float16)), 1.0, 0.5).x
+    step = 2 * (0.16 / 20) ** 2
+    np.testing.assert_allclose(moved, np.full((3, 3072), 20 * step + np.sqrt(2 * step)), rtol=2e-3)
     # Unsaid, it is one step at the 0.16 of Song et al. 2021.
     moved = solvers.langevin(lambda x, t: -x, noise=unit).step(None, solver.init(x + 1), 1.0, 0.5).x
     np.testing.assert_allclose(moved, jnp.full((3, 4), 1 - 2 * 0.16**2 + 2 * 0.16), rtol=1e-6)

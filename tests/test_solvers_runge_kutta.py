@@ -70,6 +70,7 @@ def test_tableau(name):
     for i, row in enumerate(tableau.a, start=1):
         assert len(row) == i
         a[i, :i] = row
+    np.testing.assert_array_equal(tableau.matrix, a)
     b = np.array(tableau.b)
     np.testing.assert_allclose(a.sum(axis=1), tableau.c, atol=1e-14)
     for order in range(1, tableau.order + 1):

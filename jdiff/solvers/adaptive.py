@@ -141,10 +141,7 @@ def integrate_adaptive(
         return add_zero(call(ode.drift, x, t), zero)
 
     count = len(tableau.b)
-    table = np.zeros((count, count))
-    for i, row in enumerate(tableau.a):
-        table[i + 1, : i + 1] = row
-    rows, c = jnp.asarray(table, t0.dtype), jnp.asarray(tableau.c, t0.dtype)
+    rows, c = jnp.asarray(tableau.matrix, t0.dtype), jnp.asarray(tableau.c, t0.dtype)
     # What is measured after turn 0, turn 1 and all others: the first slope, its change ahead, the step's error.
     weights = np.zeros((3, count))
     weights[0, 0], weights[1, :2], weights[2] = 1, (-1, 1), tableau.error

@@ -7,7 +7,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import add_up, batch_time, call, check_count, check_positive, event_size, fold_in, lincomb, sum_event
+from jdiff._array import (
+    add_up,
+    batch_time,
+    call,
+    check_count,
+    check_positive,
+    event_size,
+    fold_in,
+    lincomb,
+    sum_event,
+    widened,
+)
 from jdiff._typing import Array, Field
 from jdiff.solvers.base import Noise, Solver, State, white
 
@@ -49,7 +60,7 @@ def langevin(
 
         def once(n, x):
             gradient = call(score, x, s)
-            square = add_up(sum_event(leaf**2) for leaf in jax.tree.leaves(gradient)).astype(s.dtype)
+            square = add_up(sum_event(widened(leaf) ** 2) for leaf in jax.tree.leaves(gradient)).astype(s.dtype)
             size = 2 * snr**2 * event_size(x) / jnp.maximum(square, jnp.finfo(s.dtype).tiny)
             if largest is not None:
                 size = jnp.minimum(size, largest(s))

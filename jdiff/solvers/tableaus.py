@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 __all__ = [
     "BOGACKI_SHAMPINE",
     "DORMAND_PRINCE",
@@ -30,6 +32,14 @@ class Tableau(NamedTuple):
     b: tuple[float, ...]
     error: tuple[float, ...] | None = None
     fsal: bool = False
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """All a_ij as a square matrix, (stages, stages), with zeros on and above the diagonal."""
+        matrix = np.zeros((len(self.b), len(self.b)))
+        for i, row in enumerate(self.a):
+            matrix[i + 1, : i + 1] = row
+        return matrix
 
 
 EULER = Tableau(order=1, c=(0.0,), a=(), b=(1.0,))
