@@ -51,8 +51,8 @@ def classifier(
     Dhariwal & Nichol 2021 (arXiv 2105.05233), section 4; Song et al. 2021 (arXiv 2011.13456), eq. 14. A score s is
     p x + q s in another kind (`jdiff.predictions.conversion`): the gradient is multiplied by q. For x0, v and velocity
     q grows as 1/alpha, and with it the classifier's errors: `interval` keeps it to times that have a signal. Where
-    alpha = 0 (the end of Rectified and Cosine) x_t says nothing about y, and nothing is added to these three. For eps
-    and score q is finite there, and the gradient is added as the classifier gives it.
+    alpha = 0 (the end of Rectified and Cosine) x_t says nothing about y, and nothing is added; but a score, whose q is
+    1, takes the gradient as the classifier gives it.
 
     Args:
       field: the unconditional field, or a conditional one to be strengthened.

@@ -161,13 +161,12 @@ def test_the_end_without_signal(x64, kind):
     np.testing.assert_array_equal(by_broken(x, t), plain(x, t))
 
 
-@pytest.mark.parametrize(("kind", "factor"), [("eps", -1), ("score", 1)])
-def test_eps_and_score_take_the_gradient_at_the_end_without_signal(kind, factor):
-    guided = guidance.classifier(
-        lambda x, t: x, lambda x, t: jnp.sum(x, axis=1), 2.0, process=jdiff.Rectified(), predict=kind
-    )
+@pytest.mark.parametrize(("kind", "added"), [("eps", 0), ("score", 2)])
+def test_of_eps_and_score_the_score_takes_the_gradient_at_the_end_without_signal(kind, added):
+    log_prob = lambda x, t: jnp.sum(x, axis=1)
+    guided = guidance.classifier(lambda x, t: x, log_prob, 2.0, process=jdiff.Rectified(), predict=kind)
     x = jnp.asarray([[0.5, -1.0]])
-    np.testing.assert_allclose(guided(x, 1.0), x + 2 * factor, rtol=1e-6)
+    np.testing.assert_array_equal(guided(x, 1.0), x + added)
 
 
 # --- One call, any condition. ---
