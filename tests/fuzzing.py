@@ -149,6 +149,7 @@ def describe(value: Any) -> str:
 
 
 def _arrays(out):
+    assert out is not None, "a result is an array or a tree of them; what has none is ([] if CONDITION else None)"
     return [leaf if isinstance(leaf, np.ndarray) else jnp.asarray(leaf) for leaf in jax.tree.leaves(out)]
 
 
