@@ -113,6 +113,8 @@ def test_png_images_without_labels(data_dir):
 FIRST_USE = """
 import sys, hashlib
 import jdiff.data
+import sklearn.datasets, jdiff.data.digits  # what the first use imports
+print("ready", flush=True)
 sys.stdin.readline()  # all start at once
 source = jdiff.data.load("digits", "test")
 print(hashlib.sha256(source.arrays()["image"].tobytes()).hexdigest())
@@ -125,10 +127,12 @@ def test_first_use_by_several_processes(tmp_path, data_dir):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     root = pathlib.Path(__file__).parents[1]
     processes = [subprocess.Popen(command, env=environment, cwd=root, **pipes) for _ in range(2)]
+    ready = [process.stdout.readline() for process in processes]
     for process in processes:
         process.stdin.write("go\n")
         process.stdin.flush()
     outputs = [process.communicate(timeout=240) for process in processes]
+    assert ready == ["ready\n"] * 2, (ready, outputs)
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert len({out for out, _ in outputs}) == 1 and len(outputs[0][0].split()) == 1, outputs  # nothing else is printed
     assert [path.name for path in (tmp_path / "digits").iterdir()] == ["1.0.0"]  # no half-written folder is left

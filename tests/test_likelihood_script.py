@@ -61,6 +61,10 @@ def _bits(run):
     return errors.table(read_jsonl(run / "likelihood_test.jsonl"), "bits_per_dim")
 
 
+def _pairs(batch):
+    return list(zip(batch["index"].tolist(), batch["draw"].tolist(), strict=True))
+
+
 def test_killed_sharded_and_in_other_batches_it_is_the_same_evaluation(folder, monkeypatch):
     whole, traces = folder("whole"), []
     log_likelihood = methods.log_likelihood
@@ -80,7 +84,7 @@ def test_killed_sharded_and_in_other_batches_it_is_the_same_evaluation(folder, m
     shard_batch, placed = evaluation.parallel.shard_batch, []
 
     def killing(batch, mesh):
-        placed.append(list(zip(batch["index"].tolist(), batch["draw"].tolist(), strict=True)))
+        placed.append(_pairs(batch))
         if len(placed) == 2:
             raise KeyboardInterrupt
         return shard_batch(batch, mesh)
@@ -117,10 +121,18 @@ def test_killed_sharded_and_in_other_batches_it_is_the_same_evaluation(folder, m
     with pytest.raises(ValueError, match="--error needs one process"):
         likelihood.likelihood(config, split, shard=(1, 3), error=1e-3)
 
-    # More images or draws go on from what is there.
+    # Fewer images and draws are taken from what is there; more go on from it.
     count = len(traces)
     likelihood.likelihood(_config(**SETTINGS | {"likelihood__draws": 1}, likelihood__images=8), whole)
     assert likelihood.per_image(whole, "test") == pytest.approx(expected[:8, 0]) and len(traces) <= count + 1
+    placed.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation.parallel, "shard_batch", lambda *a: placed.append(_pairs(a[0])) or shard_batch(*a))
+        likelihood.likelihood(_config(**SETTINGS | {"likelihood__draws": 3}, likelihood__images=16), whole)
+    missing = {(i, d) for d in range(3) for i in range(16)} - {(i, d) for d in range(2) for i in range(12)}
+    assert [pair for batch in placed[:3] for pair in batch] == sorted(missing, key=lambda pair: pair[::-1])
+    np.testing.assert_array_equal(_bits(whole)[:12, :2], expected)
+    assert _bits(whole).shape == (16, 3) and np.isfinite(_bits(whole)).all()
 
 
 def test_the_tolerance_is_chosen_and_said_and_two_models_are_compared(folder, capsys):
