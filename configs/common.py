@@ -67,8 +67,9 @@ def defaults() -> ConfigDict:
     c.training.ema_warmup = True
     c.training.mapping = "jit"  # jit, shard_map or pmap
     # Devices that share one copy of the state, each holding a part of every array of at least min_size elements.
-    # options: {"regular expression of a path": axis to split along, or null for none}
-    c.training.sharding = ConfigDict({"fsdp": 1, "min_size": 2**14, "options": ConfigDict()})
+    # options: {"regular expression of a path": axis to split along, or null for none}; in a file:
+    # c.training.sharding.options["up_.*/kernel"] = 0. Of several that are found: the first of the alphabet.
+    c.training.sharding = ConfigDict({"fsdp": 1, "min_size": 2**14, "options": ConfigDict(allow_dotted_keys=True)})
     c.training.accumulate = 1  # parts in which a batch is taken one after the other
     c.training.remat = "none"  # dots: only products and convolutions are kept for the backward pass
     c.training.steps_per_call = 1  # on accelerators: spares the host's work between short steps

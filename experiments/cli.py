@@ -124,7 +124,7 @@ def load(path: str, mode: str = "full") -> ConfigDict:
 
 def from_dict(values: dict) -> ConfigDict:
     """Return the configuration of a run folder's config.json, checked like one from a file."""
-    config = ConfigDict(values)
+    config = ConfigDict(values, allow_dotted_keys=True)  # of options: regular expressions
     check_fields(config)
     return config
 
@@ -154,7 +154,7 @@ def override(config: ConfigDict, text: str) -> None:
     if last == FREE:
         if not isinstance(value, dict):
             raise ValueError(f"{path} must be a JSON object, got {value!r}")
-        value = ConfigDict(value)
+        value = ConfigDict(value, allow_dotted_keys=True)
     elif last in node and not free:
         if isinstance(node[last], str) and not isinstance(value, str):
             value = written  # of a string, "3" and "null" are text

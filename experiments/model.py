@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from itertools import pairwise
+import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,8 @@ from jdiff.transforms import DataTransform
 
 # Enough for mean and standard deviation of a pixel; the rest of a large set is not read.
 _STATISTICS_EXAMPLES = 50_000
+# Pixels that are read at once: float64 of all those examples would be 79 GB at 256x256x3.
+_AT_ONCE = 2**22
 _MIDPOINTS = (np.arange(256) + 0.5) / 256
 
 
@@ -89,32 +92,55 @@ def statistics(config: ConfigDict, source: data.Source, transform: DataTransform
     "mean" and "std" in model space, one for all or one per pixel; dequantisation noise is counted in (its variance is
     1/12 of a squared level), so that no pixel has deviation zero. For network.precondition = "levels": "edges" of the
     cells in model space, and "log_prior", the log-histogram of each pixel over cells with 0.1 added to every count.
+    For "none" zeros and ones, which nothing looks at: no data are read.
     """
-    images = source.read(np.arange(min(len(source), _STATISTICS_EXAMPLES)))["image"].astype(np.float64)
+    if config.network.precondition == "none":
+        return {"mean": np.zeros(source.shape, np.float32), "std": np.ones(source.shape, np.float32)}
     if config.network.precondition == "levels":
+        counts = _histogram(source, transform.levels)
         edges = np.arange(transform.levels + 1)
         cells = build.cells(config, transform.levels)
         if cells < transform.levels:
-            counts = np.bincount(images.ravel().astype(np.int64), minlength=transform.levels)
-            edges = merged_levels(counts, cells)
-        counts = np.stack([((low <= images) & (images < high)).sum(axis=0) for low, high in pairwise(edges)], axis=-1)
-        counts = counts + 0.1
+            edges = merged_levels(counts.sum(axis=(0, 1, 2)), cells)
+        counts = np.add.reduceat(counts, edges[:-1], axis=-1) + 0.1
         log_prior = np.log(counts / counts.sum(axis=-1, keepdims=True))
         ends = np.asarray(transform.forward(edges / transform.levels))
         return {"log_prior": log_prior.astype(np.float32), "edges": ends.astype(np.float32)}
-    axes = 0 if config.network.precondition == "pixel" else None
+    per_pixel, levels = config.network.precondition == "pixel", np.arange(transform.levels, dtype=np.float64)
     if transform.logit:  # moments over each level's cell, by its midpoints
-        points = np.asarray(transform.forward((np.arange(transform.levels)[:, None] + _MIDPOINTS) / transform.levels))
-        mean, square = ((points**n).mean(axis=1)[images.astype(int)].mean(axis=axes) for n in (1, 2))
+        points = np.asarray(transform.forward((levels[:, None] + _MIDPOINTS) / transform.levels), np.float64)
+        mean, square = _means(source, points.mean(axis=1), (points**2).mean(axis=1), per_pixel)
         std = np.sqrt(square - mean**2)
-        return {k: np.broadcast_to(v, source.shape).astype(np.float32) for k, v in (("mean", mean), ("std", std))}
-    noisy = config.data.dequantise
-    mean, variance = images.mean(axis=axes), images.var(axis=axes) + 1 / 12
-    scale = 1 / transform.levels if noisy else 1 / (transform.levels - 1)
-    mean = scale * (mean + (0.5 if noisy else 0.0))
-    mean = np.broadcast_to(transform.forward(mean), source.shape)
-    std = np.broadcast_to((2 if transform.centered else 1) * scale * np.sqrt(variance), source.shape)
-    return {"mean": mean.astype(np.float32), "std": std.astype(np.float32)}
+    else:
+        noisy = config.data.dequantise
+        mean, square = _means(source, levels, levels**2, per_pixel)
+        scale = 1 / transform.levels if noisy else 1 / (transform.levels - 1)
+        std = (2 if transform.centered else 1) * scale * np.sqrt(square - mean**2 + 1 / 12)
+        mean = np.asarray(transform.forward(scale * (mean + (0.5 if noisy else 0.0))))
+    return {k: np.broadcast_to(v, source.shape).astype(np.float32) for k, v in (("mean", mean), ("std", std))}
+
+
+def _chunks(source: data.Source) -> Iterator[np.ndarray]:
+    """Yield the images that statistics are taken from, a bounded number at once."""
+    total, size = min(len(source), _STATISTICS_EXAMPLES), max(1, _AT_ONCE // math.prod(source.shape))
+    for first in range(0, total, size):
+        yield source.read(np.arange(first, min(first + size, total)))["image"]
+
+
+def _means(source, first, square, per_pixel):
+    """Return the means of two functions of the level, each an array (levels,); of all pixels or of each."""
+    sums, count = 0.0, 0
+    for images in _chunks(source):
+        sums = sums + np.stack([values[images].sum(axis=0 if per_pixel else None) for values in (first, square)])
+        count += len(images) if per_pixel else images.size
+    return sums / count
+
+
+def _histogram(source, levels):
+    """Return how often each level occurs in each pixel, (H, W, C, levels)."""
+    first = levels * np.arange(math.prod(source.shape)).reshape(source.shape)
+    counts = sum(np.bincount((first + images).ravel(), minlength=first.size * levels) for images in _chunks(source))
+    return counts.reshape(*source.shape, levels)
 
 
 def statistics_shapes(config: ConfigDict, model: Model) -> dict[str, jax.ShapeDtypeStruct]:

@@ -89,21 +89,30 @@ def training_times(config: ConfigDict):
     return unweighted
 
 
-def loss(config: ConfigDict, module, statistics: dict, data_transform: DataTransform, *, train: bool = True):
+def loss(
+    config: ConfigDict,
+    module,
+    statistics: dict,
+    data_transform: DataTransform,
+    *,
+    train: bool = True,
+    total: int | None = None,
+):
     """Return loss_fn(params, keys, batch) -> (per-example loss, metrics) for `jdiff.training.make_train_step`.
 
-    Stratified times are spread over the global batch, config.training.batch_size, whatever the mapping. loss.name
-    "ddpm" and "smld" draw one of loss.scales discrete times for each example instead (see `song2021`); loss.reduce_mean
-    = False gives half the sum over the image, not the mean. "classifier" is the cross entropy of the label given x_t,
-    with the accuracy among its metrics. A batch with "noise" holds pairs in model space, as `experiments.pairs` makes
-    them; otherwise the noise of an example comes from its key, or with loss.coupling = "optimal_transport" from that of
-    one of its group with the same condition. "implicit" and "sliced" match the score without a target: loss.weight of a
-    score, times 2/D of `jdiff.score_matching`, on average the denoising loss less a number that no parameter changes.
-    "maximum_likelihood" draws no times (see `flows`).
+    Stratified times are spread over the indices 0 to total - 1, by default those of the global batch,
+    config.training.batch_size, whatever the mapping. loss.name "ddpm" and "smld" draw one of loss.scales discrete times
+    for each example instead (see `song2021`); loss.reduce_mean = False gives half the sum over the image, not the mean.
+    "classifier" is the cross entropy of the label given x_t, with the accuracy among its metrics. A batch with "noise"
+    holds pairs in model space, as `experiments.pairs` makes them; otherwise the noise of an example comes from its key,
+    or with loss.coupling = "optimal_transport" from that of one of its group with the same condition. "implicit" and
+    "sliced" match the score without a target: loss.weight of a score, times 2/D of `jdiff.score_matching`, on average
+    the denoising loss less a number that no parameter changes. "maximum_likelihood" draws no times (see `flows`).
     """
     forward_process = process(config)
     weight, draw = weighting(config), training_times(config)
-    total, scales, reduce_mean = config.training.batch_size, config.loss.scales, config.loss.reduce_mean
+    total = config.training.batch_size if total is None else total
+    scales, reduce_mean = config.loss.scales, config.loss.reduce_mean
 
     def loss_fn(params, keys, batch):
         if "noise" in batch:
