@@ -21,8 +21,8 @@ from configs.common import defaults
 # What may change between the runs of one folder: they say how to look at a model, not which model it is.
 _EVALUATION = ("likelihood", "sampling", "protocol")
 _SCHEDULE = ("log_every", "validate_every", "checkpoint_every", "keep")
-# And these, how the work is spread: they change nothing but the order of sums.
-_SPREAD = ("mapping", "sharding", "accumulate", "steps_per_call", "remat")
+# And these, how the work is spread: they change nothing but the order of sums (accumulate: see `_identity`).
+_SPREAD = ("mapping", "sharding", "steps_per_call", "remat")
 
 
 class Run:
@@ -40,6 +40,12 @@ class Run:
         return self.path / name
 
     def open(self, config: ConfigDict) -> None:
+        """Prepare the folder for a configuration; write config.json and versions.json. Raises what `prepare` raises."""
+        self.prepare(config)
+        self.write_json("config.json", config.to_dict())
+        self.write_json("versions.json", versions())
+
+    def prepare(self, config: ConfigDict) -> None:
         """Create the folder for a configuration, or find that it is that configuration's already.
 
         Raises:
@@ -55,8 +61,6 @@ class Run:
             raise OSError(f"the run folder {self.path} cannot be written: {error}") from error
         if (self / "config.json").exists():
             self.match(config)
-        self.write_json("config.json", config.to_dict())
-        self.write_json("versions.json", versions())
 
     def config(self) -> dict:
         """Return what config.json holds; fields that came with a later version have their defaults.
@@ -221,4 +225,6 @@ def _identity(values: dict, prefix: str = "") -> dict:
             flat |= _identity(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    if flat.get("loss.coupling") == "independent":  # else examples exchange their noise inside of a part
+        flat.pop("training.accumulate", None)
     return flat

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from experiments import build, cli, model, objectives, pairs, pictures, plan
-from experiments.artefacts import Metrics, Run, read_jsonl
+from experiments.artefacts import Metrics, Run, read_jsonl, versions
 from experiments.compilation import compiler_options
 from experiments.lock import Lock
 from experiments.processes import primary, together
@@ -51,18 +51,22 @@ def train(config: ConfigDict, run: Run, *, strict: bool = False) -> int:
         be written.
     """
     c = config.training
-    source = data.load(config.data.name, config.data.train)
-    validation = data.load(config.data.name, config.data.validation) if config.data.validation else None
-    described = model.describe(config, source)
-    examples = pairs.load(config, source)
     mesh = parallel.data_mesh(fsdp=c.sharding.fsdp)
-    _check_batch(config, mesh, examples)
+    with together("the data"):
+        source = data.load(config.data.name, config.data.train)
+        validation = data.load(config.data.name, config.data.validation) if config.data.validation else None
+        described = model.describe(config, source)
+        examples = pairs.load(config, source)
+        _check_batch(config, mesh, examples)
+        if examples is source and len(source) * math.prod(source.shape) < _IN_MEMORY_BYTES:
+            source = examples = source.in_memory()
     with contextlib.ExitStack() as stack:
         lock = Lock(run) if primary() else None
         with together("the run folder"):
             if lock is not None:
-                run.open(config)
+                run.prepare(config)
                 stack.enter_context(lock)
+                run.write_json("config.json", config.to_dict())
         manager = stack.enter_context(
             checkpoint.open_manager(str(run / "checkpoints"), keep=c.keep, every=c.checkpoint_every)
         )
@@ -71,8 +75,6 @@ def train(config: ConfigDict, run: Run, *, strict: bool = False) -> int:
 
 def _train(config, run, manager, lock, mesh, described, source, examples, validation, strict):
     c = config.training
-    if examples is source and len(source) * math.prod(source.shape) < _IN_MEMORY_BYTES:
-        source = examples = source.in_memory()
     # Shapes first, a checkpoint where there is one, arrays last and where they stay.
     tx = build.optimiser(config)
     like = _state_shapes(config, described, tx)
@@ -88,7 +90,8 @@ def _train(config, run, manager, lock, mesh, described, source, examples, valida
     )
     identity = {"data": config.data.name, "network": config.network.name}
     if manager.latest_step() is None:
-        statistics = model.statistics(config, source, described.transform)
+        with together("the statistics of the data"):
+            statistics = model.statistics(config, source, described.transform)
         initialise, begin = lambda key: model.initialise(config, described, key), init_key
         if c.initial:
             initialise, begin = lambda params: params, model.load_initial(config, described)
@@ -111,12 +114,16 @@ def _train(config, run, manager, lock, mesh, described, source, examples, valida
 
     loss = objectives.loss(config, described.module, statistics, described.transform)
     step_fn = _step_fn(config, loss, tx, mesh, places, steps=c.steps_per_call > 1)
-    validate = _validation(config, described, statistics, validation, validation_key, mesh)
-    metrics = Metrics(run, start) if primary() else None
+    with together("the records of the run"):
+        validate = _validation(config, described, statistics, validation, validation_key, mesh)
+        metrics = Metrics(run, start) if primary() else None
+        if primary():
+            run.write_json("versions.json", versions())
 
     def save(step, state, *, force=False):
-        if lock is not None:
-            lock.check()
+        with together("the run folder"):
+            if lock is not None:
+                lock.check()
         items = {**state._asdict(), "statistics": statistics, "data": batches.get_state(), "meta": identity}
         for begin in (manager.wait_until_finished, lambda: checkpoint.save(manager, step, items, force=force)):
             try:
@@ -164,6 +171,7 @@ def _train(config, run, manager, lock, mesh, described, source, examples, valida
                 bar.set_postfix_str(f"loss {line['loss']:.4g}, {line['images_per_second']:.0f} images/s")
             if saving:
                 save(step, state, force=done)
+                clock = time.perf_counter()
             if stopping and step < c.steps:
                 manager.wait_until_finished()
                 if primary():
@@ -276,12 +284,16 @@ def _finite(pending, run):
 
 
 def _validation(config, described, statistics, source, key, mesh):
-    """Return ema -> mean loss, and means of its metrics, over the validation split: same noise and times each time."""
+    """Return ema -> mean loss, and means of its metrics, over the first images of the validation split, 8 batches.
+
+    Noise and times are the same each time; the strata of the times are those of all these images.
+    """
     if source is None:
         return None
     size = min(config.training.batch_size, len(source))
     size = -(-size // mesh.size) * mesh.size
-    loss_fn = objectives.loss(config, described.module, statistics, described.transform, train=False)
+    total = min(8 * size, len(source))
+    loss_fn = objectives.loss(config, described.module, statistics, described.transform, train=False, total=total)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     batches = list(itertools.islice(data.evaluation_batches(source, size, **share), 8))
 
@@ -316,6 +328,8 @@ def main() -> None:
         values = flags.FLAGS
         if values.dry_run:
             return dry_run(config, values.memory_gib)
+        if values.memory_gib is not None:
+            raise ValueError("--memory_gib: of --dry-run only, which is missing")
         return train(config, folder, strict=values.resume == "strict")
 
     cli.main(run)

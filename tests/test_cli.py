@@ -60,6 +60,17 @@ def test_values_of_the_right_type_are_set(config):
     checks.check(config)
 
 
+def test_options_by_regular_expressions(config, tmp_path):
+    """Dots in their names: from the command line, from a file, and back from config.json."""
+    expected = {"up_.*/kernel": 0, "stem": None}
+    cli.override(config, f"training.sharding.options={json.dumps(expected)}")
+    file = "".join(f"    c.training.sharding.options[{name!r}] = {axis}\n" for name, axis in expected.items())
+    for given in (config, cli.load(_file(tmp_path, f"{file}    return c\n"))):
+        again = cli.from_dict(json.loads(json.dumps(given.to_dict())))
+        for copy in (again, ConfigDict(again), again.copy_and_resolve_references()):
+            assert copy.training.sharding.options.to_dict() == expected
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

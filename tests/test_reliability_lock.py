@@ -8,9 +8,10 @@ import sys
 import time
 
 import pytest
+from experiments_cases import small_config
 from reliability_cases import finish, finish_all, several, start, wait_for_step
 
-from experiments import lock
+from experiments import lock, train
 from experiments.artefacts import Run, read_json
 
 
@@ -49,11 +50,30 @@ def test_one_owner_a_folder(tmp_path):
     assert read_json(run / lock.NAME)["host"] == "elsewhere"
 
 
+def test_a_training_that_is_refused_changes_nothing(digits, tmp_path):
+    run = Run(str(tmp_path))
+    run.open(small_config())
+    owner(run)
+    held = lambda: {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    before = held()
+    with pytest.raises(lock.LockedError):
+        train.train(small_config(sampling__steps=5), run)
+    assert held() == before
+
+
 @pytest.mark.slow
 def test_a_second_owner_stops_all_processes(place, tmp_path):
     run = Run(str(tmp_path))
     owner(run)
     results = finish_all(several(place, run.path, 2), timeout=60)
+    assert [code for code, _ in results] == [3, 2], results
+    assert "LockedError" in results[0][1] and "failed in process 0, which says why" in results[1][1]
+    # The same in the middle, at the next save, which the others are waiting to make together.
+    run = Run(str(tmp_path / "running"))
+    processes = several(place, run.path, 2, **{"training.steps": 100_000})
+    wait_for_step(processes[0], run, 12)
+    owner(run)
+    results = finish_all(processes, timeout=60)
     assert [code for code, _ in results] == [3, 2], results
     assert "LockedError" in results[0][1] and "failed in process 0, which says why" in results[1][1]
 

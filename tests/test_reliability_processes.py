@@ -122,6 +122,18 @@ def test_a_process_that_dies_stops_the_others(place, tmp_path):
     assert min(line["step"] for line in read_jsonl(run / "metrics.jsonl")) == 3
 
 
+@pytest.mark.slow
+def test_what_one_process_cannot_begin_with_stops_all(place, tmp_path):
+    """metrics.jsonl, which process 0 alone reads, is damaged inside: it says so, and the other says who does."""
+    run = Run(str(tmp_path / "run"))
+    run.path.mkdir()
+    run.write("metrics.jsonl", '{"step"\n{"step": 3}\n')
+    results = finish_all(several(place, run.path, 2), timeout=60)
+    assert [code for code, _ in results] == [2, 2], results
+    assert "metrics.jsonl is not JSON lines" in results[0][1], results
+    assert "the records of the run: failed in process 0, which says why" in results[1][1], results
+
+
 FAILS_INSIDE_OF_ORBAX = """
 import runpy, sys
 import orbax.checkpoint as ocp

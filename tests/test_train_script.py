@@ -1,15 +1,19 @@
 """The training script, in this process: train, stop, resume, and each way in which it goes wrong."""
 
+import dataclasses
 import json
 import math
 import os
 import re
 import signal
+import types
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 from experiments_cases import small_config
 
 from experiments import artefacts, build, compilation, likelihood, model, objectives, sample, train
@@ -40,10 +44,11 @@ def test_a_run_leaves_its_records_and_is_then_complete(done, capsys):
     assert (done / "loss.png").read_bytes()[:4] == b"\x89PNG" and list((done / "tensorboard").iterdir())
     assert _items(done)[0] == 10
 
-    before = (done / "metrics.jsonl").read_bytes()
+    written = lambda: [os.stat(done / name).st_mtime_ns for name in ("metrics.jsonl", "versions.json")]
+    before = written()
     assert train.train(small_config(), done) == 0
     assert "complete, 10 steps of 10 are done" in capsys.readouterr().out
-    assert (done / "metrics.jsonl").read_bytes() == before
+    assert written() == before
 
 
 def test_interrupted_and_resumed_is_the_same_run(done, tmp_path, monkeypatch):
@@ -74,6 +79,34 @@ def test_interrupted_and_resumed_is_the_same_run(done, tmp_path, monkeypatch):
         ours, expected = ({line["step"]: line.get(name) for line in some} for some in (lines, others))
         for step in (8, 10):  # the first line after the resume averages over fewer steps
             assert ours[step] == expected[step]
+
+
+def test_images_per_second_leave_saves_out(tmp_path, monkeypatch):
+    """Each look at the clock takes a second here, and each save a thousand."""
+    run, now, save = Run(tmp_path / "run"), [0], checkpoint.save
+
+    def passed(seconds):
+        now[0] += seconds
+        return now[0]
+
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(perf_counter=lambda: passed(1)))
+    monkeypatch.setattr(checkpoint, "save", lambda *args, **options: (passed(1000), save(*args, **options)))
+    assert train.train(small_config(data__validation=""), run) == 0
+    rates = {line["step"]: line["images_per_second"] for line in read_jsonl(run / "metrics.jsonl")}
+    assert rates == {2: 16, 4: 16, 5: 8, 6: 8, 8: 16, 10: 16} and now[0] > 2000
+
+
+@pytest.mark.parametrize(("split", "batch"), [("validation", 64), ("validation[:100]", 128), ("validation", 16)])
+def test_validation_covers_time_once(split, batch, monkeypatch):
+    """Strata of 150 images, of 100 and of the 128 in eight batches: a wave in t averages to nothing over them."""
+    wave = lambda keys, field, process, x0, t, **_: jnp.cos(32 * jnp.pi * (t - process.t_min) / (1 - process.t_min))
+    monkeypatch.setattr(objectives.losses, "denoising", wave)
+    times = {"loss__times__name": "stratified", "loss__weight__name": "unit"}
+    config, source = small_config(training__batch_size=batch, **times), data.load("digits", split)
+    described, mesh = model.describe(config, source), train.parallel.data_mesh()
+    statistics = {name: np.ones((8, 8, 1), np.float32) for name in ("mean", "std")}
+    validate = train._validation(config, described, statistics, source, jax.random.key(0), mesh)
+    assert validate({})["loss"] == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -148,7 +181,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
     assert max(line["step"] for line in read_jsonl(run / "metrics.jsonl")) == 6
 
 
-def test_a_folder_of_another_configuration_is_refused(done, monkeypatch):
+def test_a_folder_of_another_configuration_is_refused(done, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "_validation", None)  # nothing may be compiled on the way
     for path, value in (("optimiser__learning_rate", 0.5), ("training__steps", 12), ("seed", 3)):
         with pytest.raises(ValueError, match=rf"{path.replace('__', '.')}: .* there, .* here"):
@@ -156,7 +189,12 @@ def test_a_folder_of_another_configuration_is_refused(done, monkeypatch):
     with pytest.raises(ValueError, match=r"process.options.beta_max: None there, 10.0 here"):
         sample.sample(small_config(process__options={"beta_max": 10.0}), done)
     # How to look at it may change.
-    done.match(small_config(likelihood__rtol=1e-3, sampling__steps=7, training__keep=1))
+    done.match(small_config(likelihood__rtol=1e-3, sampling__steps=7, training__keep=1, training__accumulate=2))
+    # But groups that exchange their noise are made inside of a part.
+    coupled = Run(tmp_path / "coupled")
+    coupled.open(small_config(loss__coupling="optimal_transport"))
+    with pytest.raises(ValueError, match=r"training.accumulate: 1 there, 2 here"):
+        coupled.match(small_config(loss__coupling="optimal_transport", training__accumulate=2))
 
 
 def test_folders_and_data_that_are_not_there(tmp_path, done, monkeypatch):
@@ -196,6 +234,20 @@ def test_the_dry_run_counts_and_writes_nothing(tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_memory_without_a_dry_run_is_refused(monkeypatch):
+    scripts, before = [], set(flags.FLAGS)
+    monkeypatch.setattr(train.cli, "main", scripts.append)
+    train.main()
+    try:
+        flags.FLAGS(["train", "--memory_gib=4"])
+        with pytest.raises(ValueError, match="--memory_gib: of --dry-run only"):
+            scripts[0](None, None)
+    finally:
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+
+
 def test_compiler_options_that_xla_does_not_know_are_left_out(monkeypatch):
     options = compilation.compiler_options("ddpmpp")
     assert options == compilation.LEAN | compilation.FAST
@@ -210,9 +262,12 @@ def test_compiler_options_that_xla_does_not_know_are_left_out(monkeypatch):
     assert compilation.compiler_options("ddpmpp") == compilation.LEAN
 
 
-def test_statistics_are_those_of_the_images_that_are_trained_on():
-    source = data.load("digits", "train")
+def test_statistics_are_those_of_the_images_that_are_trained_on(monkeypatch):
+    source, counts = data.load("digits", "train"), []
     images = jnp.asarray(source.arrays()["image"])
+    monkeypatch.setattr(model, "_AT_ONCE", 100 * 64)  # 14 reads of 100 images at most
+    read = source.read
+    source = dataclasses.replace(source, read=lambda positions: (counts.append(len(positions)), read(positions))[1])
     for precondition, axes in (("scalar", (0, 1, 2, 3)), ("pixel", 0)):
         config = small_config(network__precondition=precondition)
         transform = build.transform(config, source.levels)
@@ -223,8 +278,21 @@ def test_statistics_are_those_of_the_images_that_are_trained_on():
         np.testing.assert_allclose(ours["std"], np.broadcast_to(x.std(axis=axes), (8, 8, 1)), atol=5e-3)
     config = small_config(network__precondition="levels")
     prior = model.statistics(config, source, transform)["log_prior"]
-    pixel = source.arrays()["image"][:, 3, 4, 0]
+    pixel = np.asarray(images)[:, 3, 4, 0]
     expected = [math.log(((pixel == level).sum() + 0.1) / (1350 + 1.7)) for level in range(17)]
     np.testing.assert_allclose(prior[3, 4, 0], expected, rtol=1e-6)
     like = model.statistics_shapes(config, model.describe(config, source))
     assert like["log_prior"].shape == prior.shape
+    config = small_config(network__precondition="levels", network__cells=5)
+    merged = model.statistics(config, source, transform)
+    edges = np.round((merged["edges"] + 1) * 17 / 2).astype(int)
+    assert len(edges) == 6 and edges[0] == 0 and edges[-1] == 17
+    expected = [math.log((((low <= pixel) & (pixel < high)).sum() + 0.1) / 1350.5) for low, high in pairwise(edges)]
+    np.testing.assert_allclose(merged["log_prior"][3, 4, 0], expected, rtol=1e-6)
+    assert counts == 4 * [*13 * [100], 50]
+    # What nothing looks at is not read: published sets of 256x256x3 images need no memory for it.
+    unused = model.statistics(small_config(network__precondition="none"), source, transform)
+    assert len(counts) == 4 * 14 and (unused["mean"] == 0).all() and (unused["std"] == 1).all()
+    assert {name: (a.shape, a.dtype) for name, a in unused.items()} == dict.fromkeys(
+        ("mean", "std"), ((8, 8, 1), np.float32)
+    )
