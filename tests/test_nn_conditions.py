@@ -112,6 +112,28 @@ def test_tokens_have_no_order_and_masked_ones_are_not_there(fields):
     )
 
 
+def test_what_is_absent_or_masked_has_no_part_in_the_gradient():
+    """The gradient of the parameters is the same whether it is NaN or a number, of every kind of condition."""
+    params = nn_reference.filled_params(TRANSFORMER, X, T)
+    present, mask = jnp.asarray([True, False, True, True]), jnp.arange(5)[None] < jnp.asarray([5, 5, 3, 0])[:, None]
+    loss = lambda params, cond: jnp.square(nn.as_field(TRANSFORMER, params)(X, T, cond)).sum()
+    gradient = quick_jit(lambda cond: jax.grad(loss)(params, cond))
+    seen = {
+        "vector": present[:, None],
+        "image": present[:, None, None, None],
+        "tokens": (present[:, None] & mask)[..., None],
+    }
+
+    def filled(value):
+        hidden = {kind: jnp.where(where, COND[kind], value) for kind, where in seen.items()}
+        return gradient(hidden | {"label": COND["label"], "present": present, "tokens_mask": mask})
+
+    want = filled(0.5)
+    assert min(np.abs(want[kind]["kernel"]).max() for kind in ("stem", "head")) > 1e-3
+    assert np.abs(want["conditioning"]["vector"]["kernel"]).max() > 1e-3
+    jax.tree.map(np.testing.assert_array_equal, filled(jnp.nan), want)
+
+
 def test_cross_attention_is_its_formula():
     layer, h = CrossAttention(heads=2), np.asarray(RNG.normal(size=(1, 3, 4)), np.float32)
     tokens, mask = np.asarray(RNG.normal(size=(1, 5, 6)), np.float32), np.asarray([[True, True, False, True, False]])

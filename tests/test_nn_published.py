@@ -125,8 +125,9 @@ def test_rename_refuses_another_network():
         score_sde.rename(good, network, image_size=32)
     with pytest.raises(ValueError, match="Conv_0/kernel is missing"):
         score_sde.rename({"a": good["Conv_0/bias"]}, network)
-    with pytest.raises(ValueError, match="no class labels"):
-        score_sde.rename(good, nn_reference.small_network(num_classes=10), image_size=16)
+    for condition in ({"num_classes": 10}, {"vector_size": 3}, {"image_channels": 1}):
+        with pytest.raises(ValueError, match=f"no class labels or other conditions, got {next(iter(condition))}="):
+            score_sde.rename(good, nn_reference.small_network(**condition), image_size=16)
 
 
 def test_every_leaf_that_does_not_fit_is_named_at_once():

@@ -48,6 +48,8 @@ def test_patches_and_odd_sides():
     np.testing.assert_array_equal(wide_resnet._shortcut(odd, 2, 2)[0], np.stack([want, np.zeros((2, 2))], axis=-1))
     like = jax.eval_shape(lambda: NETWORK.copy(patch=2).init_with_output(jax.random.key(0), X[:, :6], T)[0])
     assert like.shape == (2, 3)
+    none = jax.eval_shape(lambda: NETWORK.init_with_output(jax.random.key(0), X[:0], T[:0])[0])
+    assert none.shape == (0, 3)
 
 
 def _norm(h, p):
@@ -106,6 +108,10 @@ def test_images_are_standardised(params, logits):
     np.testing.assert_allclose(x.std((1, 2, 3)), 1, rtol=1e-5)
     np.testing.assert_allclose(logits(params, 3 * X - 2, T), logits(params, X, T), rtol=1e-3, atol=1e-4)
     assert np.abs(wide_resnet._standardise(jnp.full((1, 4, 4, 1), 0.5))).max() == 0
+    faint = jnp.where(jnp.arange(16).reshape(1, 4, 4, 1) % 2 == 0, 0.01, -0.01)  # over 1/sqrt(16), not over its 0.01
+    np.testing.assert_allclose(
+        wide_resnet._standardise(jnp.repeat(faint, 2, axis=0)), 4 * faint.repeat(2, 0), rtol=1e-6
+    )
     gradient = jax.grad(lambda x: wide_resnet._standardise(x)[0, 0, 0, 0])(jnp.full((1, 4, 4, 1), 0.5))
     assert np.isfinite(gradient).all()
 

@@ -25,15 +25,15 @@ def rename(reference: PyTree, module: UNet | NCSNv2, *, image_size: int = 32) ->
     Args:
         reference: the `params` collection (or its EMA), nested or flat with "/" between the parts of a path.
             Vectors may be `(1, 1, 1, c)`, as flax 0.3.1 stored those of normalisations, or `(c,)`.
-        module: the network that will use the parameters; no labels, since the published ones have none.
+        module: the network that will use the parameters; no condition, since the published ones have none.
         image_size: height of the images; it decides which levels have attention.
 
     Returns:
         The bare parameters of `module`, float32.
 
     Raises:
-        ValueError: the network has labels; leaves are missing, left over or of another shape: each is named, with its
-            shape, on a line.
+        ValueError: the network has a condition; leaves are missing, left over or of another shape: each is named, with
+            its shape, on a line.
         TypeError: another network, leaves that are not floating, `image_size` is no integer.
     """
     flat, theirs = _leaves(reference, "reference"), _names(module, image_size)
@@ -67,7 +67,7 @@ def restore_names(params: PyTree, module: UNet | NCSNv2, *, image_size: int = 32
         image_size: height of the images.
 
     Raises:
-        ValueError: the network has labels; a leaf is none of the network's, or one of the network's is missing.
+        ValueError: the network has a condition; a leaf is none of the network's, or one of the network's is missing.
         TypeError: another network, leaves that are not floating, `image_size` is no integer.
     """
     flat, theirs, restored = _leaves(params, "params"), _names(module, image_size), {}
@@ -85,8 +85,9 @@ def _names(module, height):
     if not isinstance(module, UNet | NCSNv2):
         raise TypeError(f"module must be a UNet or a NCSNv2, got {type(module).__name__}")
     check_count(height, "image_size")
-    if getattr(module, "num_classes", None) is not None:
-        raise ValueError(f"module: published networks have no class labels, got num_classes={module.num_classes}")
+    for name in ("num_classes", "vector_size", "image_channels"):
+        if (size := getattr(module, name, None)) is not None:
+            raise ValueError(f"module: published networks have no class labels or other conditions, got {name}={size}")
     pairs = _ncsnv2(module) if isinstance(module, NCSNv2) else _unet(module, height)
     parents = {ours: name for name, ours in pairs}
 

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from jdiff._array import expand
 from jdiff._typing import Array
 from jdiff.nn.conditioning import initializer
 from jdiff.nn.normalisation import GroupNorm, at_least_float32
 
-__all__ = ["ACTIVATIONS", "Attention", "ResidualBlock", "check_image", "conv", "merge"]
+__all__ = ["ACTIVATIONS", "Attention", "ResidualBlock", "check_image", "conv", "merge", "over_sigma"]
 
 ACTIVATIONS = {
     "swish": nn.swish,
@@ -29,6 +30,11 @@ def check_image(shape: tuple[int, ...], multiple: int, remedy: str) -> None:
     if shape[1] % multiple or shape[2] % multiple:
         size = f"height and width must be multiples of {multiple}, got {shape[1]}x{shape[2]}"
         raise ValueError(f"{size}: pad the images or {remedy}")
+
+
+def over_sigma(h: Array, sigma: Callable[[Array], Array] | None, t: Array) -> Array:
+    """Return `h / sigma(t)`, the network of a score whose output is the noise; h where sigma is None."""
+    return h if sigma is None else h / expand(sigma(at_least_float32(t)), h)
 
 
 def conv(

@@ -140,7 +140,8 @@ class Conditioning(nn.Module):
             table = nn.Embed(self.num_classes + 1, self.width, embedding_init=nn.initializers.normal(1.0), name="label")
             vector = vector + table(seen["label"]).astype(dtype)
         if "vector" in seen:
-            known = nn.Dense(self.width, kernel_init=initializer(), dtype=dtype, name="vector")(seen["vector"])
+            known = absent_is_zero(seen["vector"], seen["present"])  # before the layer for its gradient: 0 NaN is NaN
+            known = nn.Dense(self.width, kernel_init=initializer(), dtype=dtype, name="vector")(known)
             vector = vector + absent_is_zero(known, seen["present"])
         return vector
 

@@ -9,10 +9,10 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from jdiff._typing import Array
-from jdiff.nn.blocks import ACTIVATIONS, check_image
+from jdiff.nn.blocks import ACTIVATIONS, check_image, over_sigma
 from jdiff.nn.conditioning import check_inputs, check_sizes
 from jdiff.nn.conditions import read_condition
-from jdiff.nn.normalisation import InstanceNormPlus, at_least_float32
+from jdiff.nn.normalisation import InstanceNormPlus
 from jdiff.nn.resampling import downsample
 
 __all__ = ["NCSNv2", "ncsnv2"]
@@ -98,9 +98,7 @@ class NCSNv2(nn.Module):
             refined = (refine(dtype, name=f"refine_{i}")((outputs.pop(), *refined)),)
         h = act(InstanceNormPlus(dtype=dtype, name="head_norm")(refined[0]))
         h = _conv(h, self.out_channels or x.shape[-1], "head", dtype=x.dtype)
-        if self.sigma is None:
-            return h
-        return h / self.sigma(at_least_float32(t)).astype(h.dtype)[:, None, None, None]
+        return over_sigma(h, self.sigma, t)
 
 
 def ncsnv2(sigma: Callable[[Array], Array] | None, *, size: int = 64, **changes: Any) -> NCSNv2:

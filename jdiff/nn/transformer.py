@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from jdiff._typing import Array
+from jdiff.nn.blocks import check_image
 from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning, check_inputs, check_sizes, initializer
 from jdiff.nn.conditions import Condition, read_condition, space_to_depth, with_image
 from jdiff.nn.cross_attention import CrossAttention
@@ -90,8 +91,7 @@ class PatchTransformer(nn.Module):
         check_sizes(self, width=1, depth=0, heads=1, patch=1, expansion=1, out_channels=1)
         check_inputs(x, t)
         dtype, p = self.dtype or x.dtype, self.patch
-        if x.ndim != 4 or x.shape[1] % p or x.shape[2] % p:
-            raise ValueError(f"x must be (batch, height, width, channels) of multiples of patch = {p}, got {x.shape}")
+        check_image(x.shape, p, "use another patch")
         if self.width % self.heads:
             raise ValueError(f"heads = {self.heads} must divide width = {self.width}")
         batch, rows, columns, channels = x.shape[0], x.shape[1] // p, x.shape[2] // p, x.shape[3]

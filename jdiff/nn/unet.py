@@ -10,10 +10,10 @@ from jax.typing import DTypeLike
 
 from jdiff._array import check_count
 from jdiff._typing import Array
-from jdiff.nn.blocks import ACTIVATIONS, Attention, ResidualBlock, check_image, conv, merge
+from jdiff.nn.blocks import ACTIVATIONS, Attention, ResidualBlock, check_image, conv, merge, over_sigma
 from jdiff.nn.conditioning import SMOOTH_FREQUENCIES, Conditioning, check_inputs, check_sizes
 from jdiff.nn.conditions import Condition, read_condition, with_image
-from jdiff.nn.normalisation import GroupNorm, at_least_float32
+from jdiff.nn.normalisation import GroupNorm
 from jdiff.nn.resampling import Downsample, Upsample, downsample, fir_downsample, fir_upsample, upsample
 
 __all__ = ["UNet", "ddpm", "ddpmpp", "ncsnpp"]
@@ -45,7 +45,8 @@ class UNet(nn.Module):
         channels: of the first level.
         multipliers: channels of each level over `channels`, finest level first.
         blocks: residual blocks a level on the way down; there is one more on the way up.
-        attention: heights, in pixels, of the levels with attention.
+        attention: heights, in pixels, of the levels with attention. One that no level has adds none: 16 where an image
+            of 28 has levels of 28, 14 and 7.
         dropout: rate, in training only.
         embedding: "smooth", "positional" or "fourier".
         frequencies: angular frequencies of "smooth".
@@ -192,9 +193,7 @@ class UNet(nn.Module):
                 h = resample(h, up, Upsample, f"up_{level}_resample")
 
         h = pyramid if self.progressive == "output_skip" else head(h, out, "head")
-        if self.sigma is None:
-            return h
-        return h / self.sigma(at_least_float32(t)).astype(h.dtype)[:, None, None, None]
+        return over_sigma(h, self.sigma, t)
 
     def _embed(self, x, t, seen, dtype):
         if not self.timed:

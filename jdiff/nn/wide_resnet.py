@@ -1,5 +1,6 @@
 """A classifier of noisy images, for guidance: the wide residual network of Song et al. 2021."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -123,7 +124,7 @@ def _standardise(x: Array) -> Array:
     axes = tuple(range(1, x.ndim))
     centred = wide - wide.mean(axis=axes, keepdims=True)
     variance = jnp.square(centred).mean(axis=axes, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.maximum(variance, x.shape[0] / x.size))
+    return centred * jax.lax.rsqrt(jnp.maximum(variance, 1 / math.prod(x.shape[1:])))
 
 
 def _shortcut(x, channels, stride):
