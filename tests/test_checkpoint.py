@@ -166,6 +166,20 @@ def test_odd_trees_and_dtypes(tmp_path):
         np.testing.assert_array_equal(np.asarray(restored["odd"]["bits"]).view(np.uint32), bits.view(np.uint32))
 
 
+def test_leaves_of_64_bits_are_refused_or_kept(tmp_path):
+    """JAX cuts them to 32 where it is not told otherwise, before the digest is taken and after the file is read."""
+    tree = {"tree": {"n": np.array([2**40 + 1], np.int64)}, "other": {"x": np.array([1 + 2**-40, -1j])}}
+    with checkpoint.open_manager(tmp_path) as manager:
+        for name, kinds in (("tree", "n is int64, .* to int32"), ("other", "x is complex128, .* to complex64")):
+            with pytest.raises(TypeError, match=f"{name}/{kinds}"):
+                checkpoint.save(manager, 1, {name: tree[name]})
+        with jax.enable_x64(True):
+            checkpoint.save(manager, 1, tree)
+            same(jax.tree.map(np.asarray, checkpoint.restore(manager, tree)), tree | {"step": np.array(1, np.int32)})
+        with pytest.raises(TypeError, match="tree/n is int64"):
+            checkpoint.restore(manager, {"tree": tree["tree"]})
+
+
 def test_grain_iterator_state(tmp_path):
     grain = pytest.importorskip("grain")
     dataset = grain.MapDataset.range(40).seed(3).shuffle().repeat().batch(8)

@@ -219,3 +219,48 @@ def test_what_one_process_cannot_read_is_damage_in_all(tmp_path, monkeypatch):
     with pytest.raises(checkpoint.DamagedCheckpointError, match="failed in process 1, which says why"):
         store._read(manager, 3, "meta", None)
     assert told == [False, True, False]
+
+
+def test_what_one_process_finds_wrong_is_damage_in_all(tmp_path, monkeypatch):
+    """Of what each reads for itself: else one goes to an older step while the others wait for it."""
+    like = {"params": {"a": np.arange(3, dtype=np.float32)}, "data": None}
+    packed, first = _trees.pack(like["params"])
+    leaf = _trees.describe(like["params"])["a"] | {"byte": first["a"]}
+    items = {"params": {"leaves": {"a": leaf}}, "data": {"sha256": _trees.sha256({"json": 7})}}
+    told = []
+
+    def process_allgather(fault):
+        told.append(bool(fault))
+        return np.array([fault, len(told) == others])
+
+    def restored(*, packed=packed, data=7, signed=True, **changes):
+        told.clear()
+        meta = {"format": 2, "step": 3, "meta": None, "items": items} | changes
+        meta["sha256"] = _trees.sha256(meta if signed else {})
+        read = {"meta": meta, "params": dict(packed), "data": {"json": data}}
+        manager = types.SimpleNamespace(directory=tmp_path, restore=lambda step, args: read, trusted=set())
+        return store._restore_step(manager, 3, like, None)
+
+    for item in ("meta", "params", "data"):
+        (tmp_path / "3" / item).mkdir(parents=True)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(store.multihost_utils, "process_allgather", process_allgather)
+    others = 0
+    assert restored()["data"] == 7 and told == [False] * 8
+    for others in range(1, 9):  # what this process reads is good
+        with pytest.raises(checkpoint.DamagedCheckpointError, match="failed in process 1, which says why"):
+            restored()
+        assert told == [False] * others
+    others = 0
+    nowhere = {"params": {"leaves": {"a": leaf | {"byte": -1}}}, "data": items["data"]}
+    for turn, message, fault in (
+        (2, "meta: its digest disagrees", {"signed": False}),
+        (2, "meta: it was written for step 2", {"step": 2}),
+        (3, "a begin at no byte", {"items": nowhere}),
+        (5, "12 bytes of small arrays are 11", {"packed": {_trees.PACKED: packed[_trees.PACKED][1:]}}),
+        (6, "the bits of params/a are not those", {"packed": {_trees.PACKED: packed[_trees.PACKED] + np.uint8(1)}}),
+        (8, "data: its digest disagrees", {"data": 8}),
+    ):
+        with pytest.raises(checkpoint.DamagedCheckpointError, match=message):
+            restored(**fault)
+        assert told == [False] * (turn - 1) + [True], message

@@ -29,6 +29,10 @@ def flatten(name, tree):
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
             raise TypeError(f"{name}/{text} must be a numeric array, got {dtype or type(leaf).__name__}")
+        if (narrow := jax.dtypes.canonicalize_dtype(dtype)) != dtype:  # digest and restored array would be of that
+            raise TypeError(
+                f"{name}/{text} is {dtype}, which JAX would cut to {narrow}: cast it, or set jax_enable_x64"
+            )
         if text.split("/")[0] == PACKED:
             raise ValueError(f"{name}/{text}: the name {PACKED!r} is taken")
         # Orbax joins the parts by dots: {"a.b": x, "a": {"b": y}} would be one name.

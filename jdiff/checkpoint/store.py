@@ -52,8 +52,9 @@ def save(manager: Manager, step: int, items: Mapping[str, Any], *, force: bool =
         ValueError: `items["step"]` is another number; the directory holds this step or newer ones that this manager
             has neither saved nor found damaged (training from an older state into a directory of a longer run would
             bury them); a name that is no word, `step` below 0; `data` or `meta` differ between processes.
-        TypeError: a leaf that is no numeric array, `data` or `meta` that JSON cannot hold, a `meta` that is no object,
-            a `step` that is no integer, `items` that are no mapping, another manager.
+        TypeError: a leaf that is no numeric array, or one of 64 bits without `jax_enable_x64`, `data` or `meta` that
+            JSON cannot hold, a `meta` that is no object, a `step` that is no integer, `items` that are no mapping,
+            another manager.
         SaveError: the files could not be written, of this step or, in the background, of the one before. It may be
             tried again.
     """
@@ -140,8 +141,8 @@ def restore(
         DamagedCheckpointError: that step is damaged, or all are.
         ValueError: the checkpoint is whole but another: items, leaves, shapes, dtypes or `meta` differ (each is
             named), or a shape that the sharding does not divide.
-        TypeError: `like` is no mapping or a leaf of it has no shape and dtype, `sharding` is none, `step` no integer,
-            another manager.
+        TypeError: `like` is no mapping, a leaf of it has no shape and dtype or has 64 bits without `jax_enable_x64`,
+            `sharding` is none, `step` no integer, another manager.
     """
     _check_manager(manager)
     _check_items(like, "like")
@@ -189,10 +190,9 @@ def _check_items(items, what, names=r"[^/\\]*[^./\\][^/\\]*"):
 def _restore_step(manager, step, like, sharding):
     where = f"step {step} in {manager.directory}"
     meta = _read(manager, step, "meta", ocp.args.JsonRestore())
-    if not isinstance(meta, dict) or meta.pop("sha256", None) != _trees.sha256(meta):
-        raise _damaged(manager, step, "meta", "its digest disagrees")
-    if meta["step"] != step:
-        raise _damaged(manager, step, "meta", f"it was written for step {meta['step']}")
+    same = isinstance(meta, dict) and meta.pop("sha256", None) == _trees.sha256(meta)
+    other = f"it was written for step {meta['step']}" if same and meta["step"] != step else ""
+    _sound(manager, step, "meta", other if same else "its digest disagrees")
     if meta["format"] > _FORMAT:
         raise ValueError(f"{where} has format {meta['format']}, this version of jdiff reads formats up to {_FORMAT}")
     trees = {name: _trees.flatten(name, tree) for name, tree in like.items() if name not in (*_JSON_ITEMS, "step")}
@@ -207,14 +207,12 @@ def _restore_step(manager, step, like, sharding):
         arrays = _read_arrays(manager, step, name, leaves, saved, placements[name])
         found = _trees.describe(arrays)
         wrong = [f"{name}/{path}" for path in found if found[path]["digest"] != saved[path]["digest"]]
-        text = f"the bits of {_some(wrong)} are not those that were saved"
-        if fault := agreed(OSError(text) if wrong else None):  # each process reads for itself
-            raise _damaged(manager, step, name, str(fault))
+        _sound(manager, step, name, f"the bits of {_some(wrong)} are not those that were saved" if wrong else "")
         restored[name] = jax.tree.unflatten(jax.tree.structure(like[name]), arrays.values())
     if "data" in like:
         data = _read(manager, step, "data", ocp.args.JsonRestore())
-        if _trees.sha256(data) != meta["items"]["data"]["sha256"]:
-            raise _damaged(manager, step, "data", "its digest disagrees")
+        same = _trees.sha256(data) == meta["items"]["data"]["sha256"]
+        _sound(manager, step, "data", "" if same else "its digest disagrees")
         restored["data"] = _trees.from_json(data)
     if "meta" in like:
         restored["meta"] = _trees.from_json(meta["meta"])
@@ -250,8 +248,8 @@ def _read_arrays(manager, step, item, leaves, saved, places):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path])
 
     packed = {path: saved[path]["byte"] for path in leaves if "byte" in saved[path]}
-    if wrong := [path for path, first in packed.items() if type(first) is not int or first < 0]:
-        raise _damaged(manager, step, item, f"{_some(wrong)} begin at no byte")
+    wrong = [path for path, first in packed.items() if type(first) is not int or first < 0]
+    _sound(manager, step, item, f"{_some(wrong)} begin at no byte" if wrong else "")
     alone = {path: target(path, leaf) for path, leaf in leaves.items() if leaf.size and path not in packed}
     targets = _trees.nest(alone)
     if packed:
@@ -259,8 +257,8 @@ def _read_arrays(manager, step, item, leaves, saved, places):
         targets[_trees.PACKED] = _on_host((size,), np.uint8)
     read = _read(manager, step, item, ocp.args.StandardRestore(targets)) if targets else {}
     content = read.pop(_trees.PACKED, None)
-    if packed and content.shape[0] < size:
-        raise _damaged(manager, step, item, f"{size} bytes of small arrays are {content.shape[0]}")
+    short = packed and content.shape[0] < size
+    _sound(manager, step, item, f"{size} bytes of small arrays are {content.shape[0]}" if short else "")
     values = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves.items() if not leaf.size}
     values |= zip(_trees.nest_order(alone), jax.tree.leaves(read), strict=True)
     values |= {path: _trees.unpack(content, first, leaves[path]) for path, first in packed.items()}
@@ -304,6 +302,12 @@ def _same_everywhere(texts):
         digest = np.frombuffer(bytes.fromhex(_trees.sha256(texts)), np.uint8)
         if len(np.unique(multihost_utils.process_allgather(digest), axis=0)) > 1:
             raise ValueError("data and meta must be the same in every process")
+
+
+def _sound(manager, step, item, fault):
+    """Raise DamagedCheckpointError where this process has found a fault, or another has: each reads for itself."""
+    if found := agreed(OSError(fault) if fault else None):
+        raise _damaged(manager, step, item, str(found))
 
 
 def _damaged(manager, step, item, fault):
