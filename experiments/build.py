@@ -10,6 +10,7 @@ import difflib
 import functools
 import inspect
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -193,11 +194,17 @@ def field(config: ConfigDict, module, params, statistics: dict, **as_field_optio
 
 
 def optimiser(config: ConfigDict):
-    """Return Adam with warm-up, clipping and an optional cosine decay.
+    """Return Adam with warm-up, clipping, an optional cosine decay and a decay of the weights that are trained.
 
     Raises:
       ValueError: a number out of range.
     """
     o = config.optimiser
     rate = training.learning_rate(o.learning_rate, warmup=o.warmup, total=config.training.steps if o.cosine else None)
-    return training.adam(rate, b2=o.b2, clip=o.clip or None, weight_decay=o.weight_decay)
+    return training.adam(rate, b2=o.b2, clip=o.clip or None, weight_decay=o.weight_decay, decay_mask=_trained)
+
+
+def _trained(params):
+    """Return True for each parameter but the frequencies of Fourier features, whose gradient is zero."""
+    name = lambda path: jax.tree_util.keystr(path[-2:], simple=True, separator="/")
+    return jax.tree_util.tree_map_with_path(lambda path, _: name(path) != "fourier/frequencies", params)

@@ -304,6 +304,7 @@ def adam(
     eps: float = 1e-8,
     clip: float | None = None,
     weight_decay: float = 0.0,
+    decay_mask: Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformation:
     """Adam (Kingma & Ba 2015, arXiv 1412.6980) after a clipping of the gradient by its global norm.
 
@@ -313,8 +314,9 @@ def adam(
         b2: decay of the second moment, in [0, 1).
         eps: added to the root of the second moment.
         clip: largest global norm of the gradient, > 0; None for no clipping.
-        weight_decay: decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101), times the learning rate, on every
-            parameter.
+        weight_decay: decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101), times the learning rate.
+        decay_mask: from the parameters to a tree of bools, True where weights decay; None: everywhere, also on what
+            is not trained, such as the frequencies of Fourier features in `jdiff.nn`.
 
     Raises:
         ValueError: a value out of range.
@@ -330,7 +332,7 @@ def adam(
     parts = [] if clip is None else [optax.clip_by_global_norm(clip)]
     parts.append(optax.scale_by_adam(b1, b2, eps))
     if weight_decay:
-        parts.append(optax.add_decayed_weights(weight_decay))
+        parts.append(optax.add_decayed_weights(weight_decay, decay_mask))
     return optax.chain(*parts, optax.scale_by_learning_rate(rate))
 
 

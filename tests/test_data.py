@@ -22,11 +22,11 @@ from jdiff import data
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """A data directory with the digits, and two sets with PNG images as TFDS's own have them."""
+    """A data directory with the digits, and sets with PNG images as TFDS's own have them."""
     directory = tmp_path_factory.mktemp("tfds")
     data.load("digits", "test", data_dir=directory)
     with data.prepared._quiet():
-        for builder in (Colours, Ragged, Wordy):
+        for builder in (Colours, Ragged, Wordy, Graded, Split):
             builder(data_dir=directory, file_format="array_record").download_and_prepare()
     return directory
 
@@ -71,6 +71,22 @@ class Wordy(_Small):
         yield 0, {"text": "no image"}
 
 
+class Graded(_Small):
+    KIND, LABELS = np.float32, (0.7, 1.2)
+
+    def columns(self):
+        image = tfds.features.Tensor(shape=(1, 1, 1), dtype=np.uint8)
+        return {"image": image, "label": tfds.features.Scalar(self.KIND)}
+
+    def _generate_examples(self):
+        for number, label in enumerate(self.LABELS):
+            yield number, {"image": np.zeros((1, 1, 1), np.uint8), "label": label}
+
+
+class Split(Graded):
+    KIND, LABELS = np.bool_, (True, False)
+
+
 @pytest.fixture(scope="module")
 def digits(data_dir):
     return data.load("digits", "train", data_dir=data_dir)
@@ -108,6 +124,11 @@ def test_png_images_without_labels(data_dir):
     assert list(arrays) == ["image"]
     np.testing.assert_array_equal(arrays["image"], [colours(number) for number in range(7)])
     assert set(next(data.batches(source, 2, seed=0))) == {"image", "index"}
+
+
+def test_labels_of_two_kinds_are_integers(data_dir):
+    labels = data.load("split", "train", data_dir=data_dir).arrays()["label"]
+    np.testing.assert_array_equal(labels, np.array([1, 0], np.int32), strict=True)
 
 
 FIRST_USE = """
@@ -199,6 +220,21 @@ def test_unwritable_data_directory(tmp_path):
         data.load("digits", "train", data_dir=tmp_path / "file" / "below")
 
 
+def test_nothing_is_prepared_in_a_bucket(tmp_path, monkeypatch):
+    """pathlib would make the folder gs: in the working directory, and array_record opens no URL to write."""
+    from etils import epath
+
+    place = "gs://bucket/tfds"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(type(epath.Path(place)), "is_dir", lambda self: False)  # an empty bucket
+    for name, ask in (("digits", lambda: data.load("digits", "train", data_dir=place)),
+                      ("digits", lambda: data.prepare("digits", data_dir=place)),
+                      ("mnist", lambda: data.prepare("mnist", data_dir=place))):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} cannot be prepared in {place}, which is a URL: .* on a disk"):
+            ask()
+    assert not list(tmp_path.iterdir())
+
+
 def test_newest_version_wins(tmp_path, data_dir):
     for version in ("1.2.0", "1.10.0", "1.9.0"):
         goal = tmp_path / "colours" / version
@@ -226,6 +262,7 @@ def test_other_file_formats_are_refused(tmp_path, data_dir):
         ("digits", "train[5:5]", "empty"),
         ("ragged", "train", "one size"),
         ("wordy", "train", "no feature named 'image'.*text"),
+        ("graded", "train", "labels of graded have dtype float32"),
         ("di gits", "train", "name/config"),
     ],
 )

@@ -43,6 +43,19 @@ def test_what_is_embedded(name, options, embedding, expected):
     np.testing.assert_allclose(network.noise_level(T), expected, rtol=1e-6)
 
 
+def test_weights_decay_and_frequencies_that_are_drawn_once_do_not():
+    config = _config("mlp", embedding="fourier", width=4, depth=1)
+    config.optimiser.update({"learning_rate": 0.5, "weight_decay": 0.1})
+    network, tx = build.network(config, 1, 17, None), build.optimiser(config)
+    like = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros((1, 2, 2, 1)), jnp.ones(1))["params"])
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), like)
+    with jax.numpy_dtype_promotion("standard"):
+        updates = jax.jit(lambda p: tx.update(jax.tree.map(jnp.zeros_like, p), tx.init(p), p)[0])(params)
+    assert not np.any(updates["conditioning"]["fourier"].pop("frequencies"))
+    jax.tree.map(lambda leaf: np.testing.assert_allclose(leaf, -0.5 * 0.1, rtol=1e-6), updates)
+    assert len(jax.tree.leaves(updates)) == len(jax.tree.leaves(params)) - 1
+
+
 def test_continuous_ve_divides_by_sigma_and_centers():
     network = _build("ncsnpp", "VE", centered=False, scale_by_sigma=True)
     sigma = VE().marginal(T)[1]

@@ -111,6 +111,20 @@ def test_adam_has_the_numbers_of_its_paper():
         np.testing.assert_allclose(update, want, rtol=1e-4)
 
 
+def test_weights_decay_where_the_mask_is_true():
+    params = {"w": jnp.full(2, 3.0), "b": jnp.full(2, 5.0)}
+    kept = set()  # where a checkpoint has the leaves of the state
+    for mask, rate_of_b in ((None, 0.1), (lambda params: {"w": True, "b": False}, 0.0)):
+        tx = training.adam(0.5, weight_decay=0.1, decay_mask=mask)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+        np.testing.assert_allclose(updates["w"], -0.5 * 0.1 * 3.0, rtol=1e-6)
+        np.testing.assert_allclose(updates["b"], -0.5 * rate_of_b * 5.0, rtol=1e-6)
+        leaves = jax.tree_util.tree_leaves_with_path(tx.init(params))
+        kept.add(tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves))
+    assert len(kept) == 1
+
+
 def test_learning_rate_shapes():
     constant, warm = training.learning_rate(3.0), training.learning_rate(3.0, warmup=4)
     assert [float(constant(n)) for n in (0, 100)] == [3.0, 3.0]

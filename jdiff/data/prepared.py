@@ -50,8 +50,8 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
 
     Raises:
       FileNotFoundError: not prepared in the data directory; the message names it and the command that prepares it.
-      ValueError: a name that is none, no such split, an empty split, images of varying size, a file format without
-        random access.
+      ValueError: a name that is none, no such split, an empty split, images of varying size, labels that are no
+        integers, a file format without random access, digits that are not in a data_dir that is a URL.
       TypeError: name or split are no strings, data_dir is no path.
       ImportError: TensorFlow Datasets is not installed.
     """
@@ -78,6 +78,11 @@ def load(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
             "integer images of one size: bring them to one size when the dataset is prepared"
         )
     label = features["label"] if "label" in features and not features["label"].shape else None
+    if label is not None and not np.issubdtype(label.np_dtype, np.integer) and label.np_dtype != np.bool_:
+        raise ValueError(
+            f"labels of {name} have dtype {np.dtype(label.np_dtype)}; jdiff reads classes as integers: give that "
+            "feature another name when the dataset is prepared"
+        )
     examples = builder.as_data_source(split=split)
 
     def read(positions: np.ndarray) -> dict[str, np.ndarray]:
@@ -110,16 +115,15 @@ def prepare(name: str, *, data_dir: str | os.PathLike | None = None) -> str:
       The directory of the prepared dataset.
 
     Raises:
-      ValueError: a name that is none.
+      ValueError: a name that is none, a data directory that is a URL (a bucket): files are written to disks only.
       TypeError: name is no string, data_dir no path.
       ImportError: TensorFlow Datasets, or a package that the preparation of this dataset needs, is not installed.
       PermissionError: the data directory cannot be written.
     """
     if _is_digits(_parse(name)):
         return _prepare_digits(data_dir)
-    builder = require("tensorflow_datasets").builder(
-        name, data_dir=data_directory(data_dir), file_format="array_record"
-    )
+    tfds, directory = require("tensorflow_datasets"), _disk(name, data_dir)
+    builder = tfds.builder(name, data_dir=directory, file_format="array_record")
     try:
         builder.download_and_prepare()
     except ImportError as error:
@@ -162,6 +166,17 @@ def _find(name: str, parts: dict[str, str | None], data_dir: str | os.PathLike |
     )
 
 
+def _disk(name: str, data_dir: str | os.PathLike | None) -> str:
+    """The data directory, to write to: array_record reads gs:// and does not write it."""
+    directory = data_directory(data_dir)
+    if "://" in directory:
+        raise ValueError(
+            f"{name} cannot be prepared in {directory}, which is a URL: prepare it in a folder on a disk (data_dir or "
+            "TFDS_DATA_DIR) and copy what is in there"
+        )
+    return directory
+
+
 def _command(name: str, data_dir: str | os.PathLike | None) -> str:
     return f"""python -c 'import jdiff.data; jdiff.data.prepare("{name}", data_dir="{data_directory(data_dir)}")'"""
 
@@ -182,7 +197,7 @@ def _prepare_digits(data_dir: str | os.PathLike | None) -> str:
 
     Processes that come first at the same time all write the same images and one of them wins; none sees half a dataset.
     """
-    goal = pathlib.Path(data_directory(data_dir)) / "digits" / _DIGITS_VERSION
+    goal = pathlib.Path(_disk("digits", data_dir)) / "digits" / _DIGITS_VERSION
     if (goal / "dataset_info.json").exists():
         return os.fspath(goal)
     for name in ("sklearn.datasets", "tensorflow_datasets"):

@@ -64,8 +64,8 @@ class _FourierFeatures(nn.Module):
     """Sinusoids `[sin(2 pi W v), cos(2 pi W v)]` at random Gaussian frequencies `W`, drawn once and never trained.
 
     Tancik et al. 2020 (arXiv 2006.10739), as used by Song et al. 2021 (arXiv 2011.13456, appendix H) with
-    `v = log sigma`. `W` lies among the parameters as `frequencies`, because published checkpoints hold it there; its
-    gradient is zero.
+    `v = log sigma`. `W` lies among the parameters as `fourier/frequencies`, because published checkpoints hold it
+    there; its gradient is zero, and a weight decay has to leave it out (`decay_mask` of `jdiff.training.adam`).
 
     Attributes:
         count: number of frequencies; there are twice as many features.
