@@ -43,7 +43,14 @@ def check(config: ConfigDict) -> None:
             raise ValueError(f"{path} must be finite and not negative, got {config[group][name]}")
     process(config)
     pick(NETWORKS, config.network.name, "network.name")
-    network(config, channels=1, levels=2, classes=2)
+    module = network(config, channels=1, levels=2, classes=2)
+    if config.data.size and "attention" in config.network.options:
+        heights = [config.data.size >> level for level in range(len(module.multipliers))]
+        if unknown := [height for height in module.attention if height not in heights]:
+            raise ValueError(
+                f"network.options.attention has heights {unknown}, which no level has: images of {config.data.size} "
+                f"have levels of {', '.join(map(str, heights))}"
+            )
     predictions.check_kind(config.network.predict)
     pick(PRECONDITIONS, config.network.precondition, "network.precondition")
     if config.network.precondition == "levels" and not config.data.dequantise:

@@ -202,6 +202,14 @@ def test_a_wrong_config_json_names_the_field(config):
         ({"sampling.eta": -1.0}, r"eta"),
         ({"sampling.number": 0}, r"sampling.number must be positive"),
         ({"data.name": ""}, r"data.name is empty"),
+        (
+            {
+                "data.size": 28,
+                "network.name": "ddpmpp",
+                "network.options": {"multipliers": (1, 2, 2), "attention": (14, 16)},
+            },
+            r"attention has heights \[16\], which no level has: images of 28 have levels of 28, 14, 7",
+        ),
     ],
     ids=str,
 )
