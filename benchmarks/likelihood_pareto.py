@@ -148,9 +148,9 @@ def _truth(config, process, field, trained, x, probes, bits, tolerance):
 
 def _probe(probes, x):
     """Return the Rademacher probe that `log_likelihood` draws from these keys."""
-    from jdiff._array import example_keys, fold_in, rademacher_like
+    from jdiff._array import fold_in, per_example_keys, rademacher_like
 
-    return rademacher_like(fold_in(example_keys(probes, len(x)), 0), x)
+    return rademacher_like(fold_in(per_example_keys(probes, len(x)), 0), x)
 
 
 def _classical(config, process, field, trained, x, probes):

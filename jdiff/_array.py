@@ -268,7 +268,7 @@ def check_one_key(key: Key | None) -> Key:
     return key
 
 
-def example_keys(key: Key | None, batch: int) -> Key:
+def per_example_keys(key: Key | None, batch: int) -> Key:
     """Return one key per example, shape (batch,): a single key is split once, per-example keys pass through.
 
     Raises:

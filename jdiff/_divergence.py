@@ -12,9 +12,9 @@ from jdiff._array import (
     check_array,
     check_count,
     event_size,
-    example_keys,
     fold_in,
     normal_like,
+    per_example_keys,
     rademacher_like,
     sum_event,
 )
@@ -62,7 +62,7 @@ def directions(key: Key | None, x: Array, divergence: Divergence, probes: int) -
         basis = jnp.eye(size, dtype=x.dtype).reshape(size, 1, *x.shape[1:])
         return jnp.broadcast_to(basis, (size, *x.shape))
     draw = rademacher_like if divergence == "rademacher" else normal_like
-    keys = example_keys(key, x.shape[0])
+    keys = per_example_keys(key, x.shape[0])
     return jnp.stack([draw(fold_in(keys, n), x) for n in range(probes)])
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jax.scipy.stats import norm
 
-from jdiff._array import batch_time, check_array, example_keys, expand, sum_event
+from jdiff._array import batch_time, check_array, expand, per_example_keys, sum_event
 from jdiff._typing import Array, Field, Key, Process
 
 __all__ = ["Analytic", "correlated_gaussian", "gaussian", "gaussian_mixture"]
@@ -75,7 +75,7 @@ def gaussian(process: Process, mean: Array, std: Array | float) -> Analytic:
         return center_s + spread_s * (x - center) / spread
 
     def sample(key, batch):
-        keys = example_keys(key, batch)
+        keys = per_example_keys(key, batch)
         return jax.vmap(lambda k: mean + std * jax.random.normal(k, mean.shape, mean.dtype))(keys)
 
     return Analytic(denoise, score, log_prob, flow, sample)
@@ -202,6 +202,6 @@ def gaussian_mixture(process: Process, weights: Array, means: Array, stds: Array
             k = jax.random.categorical(pick, log_weights)
             return means[k] + stds[k] * jax.random.normal(draw, event, means.dtype)
 
-        return jax.vmap(one)(example_keys(key, batch))
+        return jax.vmap(one)(per_example_keys(key, batch))
 
     return Analytic(denoise, score, log_prob, flow, sample)

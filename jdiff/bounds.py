@@ -28,12 +28,12 @@ from jdiff._array import (
     check_per_example,
     coefficient_dtype,
     event_size,
-    example_keys,
     expand,
     fold_in,
     full_like_batch,
     is_concrete,
     normal_like,
+    per_example_keys,
     rademacher_like,
     sum_event,
 )
@@ -114,7 +114,7 @@ def density_bound(
       TypeError: x not floating point, draws no integer, keys not typed threefry keys.
     """
     check_kind(predict)
-    keys = example_keys(key, check_array(x))
+    keys = per_example_keys(key, check_array(x))
     check_count(draws, "draws")
     start = _start(process, t_min)
     # t stays in float32 where x is not, for what is made of it here.
@@ -238,7 +238,7 @@ def level_bound(
         start, end = ts[-1], ts[0]
     check_images(levels, transform.levels, "levels")
     x = transform.center(levels, dtype=dtype)
-    keys, size, real = example_keys(key, x.shape[0]), event_size(x), coefficient_dtype(x)
+    keys, size, real = per_example_keys(key, x.shape[0]), event_size(x), coefficient_dtype(x)
     noise_keys = fold_in(keys, 0)
 
     if ts is None:

@@ -18,7 +18,16 @@ import jax.numpy as jnp
 from jax.scipy.special import erf, logsumexp
 from jax.typing import DTypeLike
 
-from jdiff._array import batch_time, check_array, check_positive, event_size, example_keys, expand, sum_event, widened
+from jdiff._array import (
+    batch_time,
+    check_array,
+    check_positive,
+    event_size,
+    expand,
+    per_example_keys,
+    sum_event,
+    widened,
+)
 from jdiff._typing import Array, Key, Process
 from jdiff.processes import time_at
 from jdiff.transforms import DataTransform, check_images, size_of
@@ -76,7 +85,7 @@ def truncated_normal(
     """
     check_images(levels, transform.levels, "levels")
     center = transform.center(levels, dtype=dtype)
-    keys = example_keys(key, center.shape[0])
+    keys = per_example_keys(key, center.shape[0])
     alpha, sigma = process.marginal(batch_time(t, center))
     tau = (0.5 * transform.width * alpha / sigma).astype(center.dtype)
     z = jax.vmap(lambda k, end: jax.random.truncated_normal(k, -end, end, center.shape[1:], center.dtype))(keys, tau)

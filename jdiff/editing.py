@@ -16,11 +16,11 @@ from jdiff._array import (
     check_grid,
     check_like,
     coefficient_dtype,
-    example_keys,
     expand,
     flat,
     fold_in,
     lincomb,
+    per_example_keys,
     scalars,
     select,
     sum_event,
@@ -114,7 +114,7 @@ def repaint(
     check_count(resamples, "resamples")
     check_count(jump, "jump")
     check_grid(ts, decreasing=True)
-    keys = example_keys(key, check_array(x))
+    keys = per_example_keys(key, check_array(x))
     check_example(x, operator)
     check_array(y, "y")
     if len(y) != len(x):
@@ -163,7 +163,7 @@ def sdedit(key: Key, process: Process, solver: Solver, x0: Array, ts: Array, *, 
       ValueError: a grid that does not decrease.
     """
     check_grid(ts, decreasing=True)
-    keys = example_keys(key, check_array(x0, "x0"))
+    keys = per_example_keys(key, check_array(x0, "x0"))
     ts = jnp.asarray(ts)
     start = perturb(process, x0, white(fold_in(keys, 0), x0, ts[0], ts[0]), ts[0])
     x, _ = integrate(fold_in(keys, 1), solver, start, ts)

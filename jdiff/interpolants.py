@@ -21,10 +21,10 @@ from jdiff._array import (
     check_array,
     check_like,
     check_positive,
-    example_keys,
     lincomb,
     mean_event,
     normal_like,
+    per_example_keys,
     widened,
 )
 from jdiff._typing import Array, Field, Key, Process
@@ -198,7 +198,7 @@ def loss(
     if predict not in ("velocity", "noise"):
         raise ValueError(f"unknown prediction kind {predict!r}; choose velocity or noise")
     batch = check_array(x0, "x0")
-    z = normal_like(example_keys(keys, batch), x0)
+    z = normal_like(per_example_keys(keys, batch), x0)
     target = velocity(interpolant, x0, x1, z, t) if predict == "velocity" else z
     out = call(field, interpolate(interpolant, x0, x1, z, t), t)
     return mean_event(widened(out - target) ** 2)

@@ -24,10 +24,10 @@ from jdiff._array import (
     check_like,
     check_per_example,
     check_positive,
-    example_keys,
     expand,
     mean_event,
     normal_like,
+    per_example_keys,
     widened,
 )
 from jdiff._typing import Array, Field, Key, Kind, Process
@@ -153,7 +153,7 @@ def denoising(
     batch = check_array(x0, "x0")
     t = batch_time(t, x0)
     if eps is None:
-        eps = normal_like(example_keys(keys, batch), x0)
+        eps = normal_like(per_example_keys(keys, batch), x0)
     else:
         check_like(eps, x0, "eps", "x0")
     a, b = coefficients(process, t, predict)
@@ -194,7 +194,7 @@ def classification(
     batch = check_array(x0, "x0")
     t = batch_time(t, x0)
     _check_label(label, batch)
-    x = perturb(process, x0, normal_like(example_keys(keys, batch), x0), t)
+    x = perturb(process, x0, normal_like(per_example_keys(keys, batch), x0), t)
     out = logits(x, t.astype(x.dtype))
     if getattr(out, "ndim", 0) != 2 or out.shape[0] != batch:
         got = getattr(out, "shape", type(out).__name__)

@@ -22,9 +22,9 @@ from jdiff._array import (
     check_array,
     check_like,
     check_shape,
-    example_keys,
     expand,
     normal_like,
+    per_example_keys,
     sum_event,
     widened,
 )
@@ -310,7 +310,7 @@ def prior_sample(key: Key, process: Process, shape: tuple[int, ...], dtype: DTyp
       TypeError: key is not a typed threefry key.
     """
     check_shape(shape)
-    noise = normal_like(example_keys(key, shape[0]), jax.ShapeDtypeStruct(shape, dtype))
+    noise = normal_like(per_example_keys(key, shape[0]), jax.ShapeDtypeStruct(shape, dtype))
     return expand(prior_std(process), noise) * noise
 
 

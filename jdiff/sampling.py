@@ -7,7 +7,7 @@ from typing import Literal, overload
 import jax.numpy as jnp
 import numpy as np
 
-from jdiff._array import call, check_grid, check_shape, example_keys, fold_in, is_concrete
+from jdiff._array import call, check_grid, check_shape, fold_in, is_concrete, per_example_keys
 from jdiff._typing import Array, Field, Key, Process
 from jdiff.processes import prior_sample
 from jdiff.solvers.base import Solver, integrate
@@ -79,7 +79,7 @@ def sample(
             raise ValueError(f"ts must lie in the range of the process, 0 to {process.t_max}: got {first} to {last}")
     check_shape(shape, 1)
     ts = jnp.asarray(ts)
-    keys = example_keys(key, shape[0])
+    keys = per_example_keys(key, shape[0])
     x = prior_sample(fold_in(keys, 0), process, shape, ts.dtype)
     x, states = integrate(fold_in(keys, 1), solver, x, ts, path=path)
     if denoise is not None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jdiff._array import check_array, example_keys, sum_event
+from jdiff._array import check_array, per_example_keys, sum_event
 from jdiff._pytree import register_dataclass
 from jdiff._typing import Array, Key
 
@@ -65,7 +65,7 @@ class DataTransform:
           ValueError: no batch axis, another number of keys, levels below 2, or a dtype too coarse for them.
         """
         batch = self._check(x)
-        keys = example_keys(key, batch)
+        keys = per_example_keys(key, batch)
         cells = 2.0 ** _noise_bits(self.levels, dtype)
         draw = jax.vmap(lambda k: jax.random.uniform(k, x.shape[1:], dtype))
         return self._dequantised(x, (jnp.floor(draw(keys) * cells) + 0.5) / cells)
@@ -216,7 +216,7 @@ def random_flip(key: Key, x: Array) -> Array:
     if getattr(x, "ndim", 0) != 4:
         got = getattr(x, "shape", type(x).__name__)
         raise ValueError(f"x must be images of shape (batch, height, width, channels), got {got}")
-    keys = example_keys(key, x.shape[0])
+    keys = per_example_keys(key, x.shape[0])
     flipped = jax.vmap(jax.random.bernoulli)(keys)
     return jnp.where(flipped[:, None, None, None], x[:, :, ::-1], x)
 

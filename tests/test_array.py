@@ -137,16 +137,16 @@ def test_leaves_of_a_tree_have_independent_noise():
     assert not np.any(np.isclose(noise["a"], noise["b"]))
 
 
-def test_example_keys():
+def test_per_example_keys():
     key = jax.random.key(4)
     np.testing.assert_array_equal(
-        jax.random.key_data(_array.example_keys(key, 3)), jax.random.key_data(jax.random.split(key, 3))
+        jax.random.key_data(_array.per_example_keys(key, 3)), jax.random.key_data(jax.random.split(key, 3))
     )
     keys = jax.random.split(key, 3)
-    assert _array.example_keys(keys, 3) is keys
+    assert _array.per_example_keys(keys, 3) is keys
     folded = _array.fold_in(keys, 7)
     np.testing.assert_array_equal(jax.random.key_data(folded[1]), jax.random.key_data(jax.random.fold_in(keys[1], 7)))
-    assert jax.jit(lambda k: _array.example_keys(k, 3))(key).shape == (3,)
+    assert jax.jit(lambda k: _array.per_example_keys(k, 3))(key).shape == (3,)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_example_keys():
 )
 def test_bad_keys(key, error, match):
     with pytest.raises(error, match=match):
-        _array.example_keys(key(), 3)
+        _array.per_example_keys(key(), 3)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jdiff._array import check_key, example_keys
+from jdiff._array import check_key, per_example_keys
 from jdiff._typing import Array, Field, PyTree
 from jdiff.nn.conditions import Condition
 
@@ -53,7 +53,7 @@ def as_field(
             return apply({"params": params}, x, t, cond, train=train, rngs=rngs)
 
         for key in (rngs or {}).values():
-            example_keys(key, len(x))
+            per_example_keys(key, len(x))
         if wrong := [jnp.shape(leaf) for leaf in jax.tree.leaves(cond) if jnp.shape(leaf)[:1] != x.shape[:1]]:
             raise ValueError(f"cond must have the batch of x, {x.shape[:1]}, got {wrong[0]}")
 

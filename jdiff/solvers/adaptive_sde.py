@@ -14,11 +14,11 @@ from jdiff._array import (
     check_count,
     check_positive,
     check_state,
-    example_keys,
     fold_in,
     is_concrete,
     lincomb,
     mean_event,
+    per_example_keys,
     select,
     zero_like_batch,
 )
@@ -97,7 +97,7 @@ def integrate_adaptive_sde(
       ValueError: tolerances, first_step or max_steps not positive, an SDE without a diffusion, t0 = t1.
       TypeError: x is not floating point, max_steps no integer, keys that are not typed threefry keys.
     """
-    keys = example_keys(key, check_state(x))
+    keys = per_example_keys(key, check_state(x))
     check_tolerances(rtol, atol)
     if sde.diffusion is None:
         raise ValueError("this solver integrates SDEs, this one has no diffusion: see integrate_adaptive")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import check_grid, check_key, check_state, example_keys, fold_in, normal_like
+from jdiff._array import check_grid, check_key, check_state, fold_in, normal_like, per_example_keys
 from jdiff._typing import Array, Key, PyTree
 
 __all__ = ["Noise", "Solver", "State", "integrate", "white"]
@@ -75,7 +75,7 @@ def integrate(
     """
     batch = check_state(x)
     check_grid(ts)
-    keys = None if key is None else example_keys(key, batch)
+    keys = None if key is None else per_example_keys(key, batch)
 
     def step(state, inputs):
         n, t, s = inputs

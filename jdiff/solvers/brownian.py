@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import batch_time, check_state, example_keys, expand, fold_in, is_concrete, normal_like
+from jdiff._array import batch_time, check_state, expand, fold_in, is_concrete, normal_like, per_example_keys
 from jdiff._typing import Key, Process
 from jdiff.solvers.base import Noise
 
@@ -40,7 +40,7 @@ def brownian(key: Key, process: Process, *, t_min: float | None = None, t_max: f
         raise ValueError(f"0 <= t_min < t_max <= {process.t_max} must hold, got t_min = {ends[1]}, t_max = {ends[0]}")
 
     def noise(keys, x, t, s):
-        own = example_keys(key, check_state(x))
+        own = per_example_keys(key, check_state(x))
         low, high = (_clock(process, batch_time(end, x)) for end in ends)
         times = batch_time(t, x), batch_time(s, x, "s")
         places = [jnp.clip((_clock(process, time) - low) / (high - low), 0, 1) for time in times]
