@@ -35,6 +35,7 @@ WITHOUT = {
             "nn.blocks.check_image",
             "nn.blocks.conv",
             "nn.blocks.merge",
+            "nn.blocks.over_sigma",
         ),
         *("nn.cross_attention.CrossAttention", "nn.input_features.input_features"),
         *("nn.normalisation.GroupNorm",),
