@@ -66,15 +66,17 @@ def finish_all(processes, timeout=240):
             process.kill()
 
 
-def wait_for_step(process, run, step, timeout=120):
-    """Wait until metrics.jsonl has a line of that step or a later one, or the process has ended."""
+def wait_for(process, done, timeout=120):
+    """Wait until done() is true, or the process has ended."""
     end = time.monotonic() + timeout
-    while process.poll() is None and time.monotonic() < end:
-        lines = read_jsonl(run / "metrics.jsonl")
-        if lines and lines[-1]["step"] >= step:
-            return
+    while process.poll() is None and not done():
+        assert time.monotonic() < end, f"not done in {timeout} s"
         time.sleep(0.01)
-    assert process.poll() is not None or time.monotonic() < end, f"no step {step} in {timeout} s"
+
+
+def wait_for_step(process, run, step):
+    """Wait until metrics.jsonl has a line of that step or a later one, or the process has ended."""
+    wait_for(process, lambda: any(line["step"] >= step for line in read_jsonl(run / "metrics.jsonl")[-1:]))
 
 
 def lines_of(run):

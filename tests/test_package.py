@@ -24,15 +24,14 @@ CALLED = {"__call__", "__getitem__", "__init__", "__len__"}
 PUBLIC = [name for name in MODULES if not any(part.startswith("_") for part in name.split(".")[1:])]
 
 IMPORT = """
-import json, sys, time, warnings
+import json, sys, warnings
 warnings.simplefilter("error")
 import jax, flax.linen
-before, start = set(sys.modules), time.process_time()
+before = set(sys.modules)
 import jdiff
-seconds = time.process_time() - start
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
 from jax._src import xla_bridge
-print(json.dumps({"seconds": seconds, "new": sorted(new), "backends": sorted(xla_bridge._backends)}))
+print(json.dumps({"new": sorted(new), "backends": sorted(xla_bridge._backends)}))
 """
 
 
@@ -51,7 +50,6 @@ def test_import_is_light():
         "PIL",
     }
     assert not heavy & set(report["new"]), report["new"]
-    assert report["seconds"] < 2.0  # processor time beyond jax and flax
     assert report["backends"] == []  # no device is taken, no computation run, at import
 
 

@@ -10,7 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
-from reliability_cases import FULL_FOR_A_WHILE, finish, finish_all, lines_of, several, start, state_of, wait_for_step
+from reliability_cases import (
+    FULL_FOR_A_WHILE,
+    finish,
+    finish_all,
+    lines_of,
+    several,
+    start,
+    state_of,
+    wait_for,
+    wait_for_step,
+)
 
 from experiments import lock
 from experiments.artefacts import Run, read_json, read_jsonl
@@ -63,8 +73,7 @@ def test_several_processes_are_one_run(place, undisturbed, tmp_path, count, fsdp
     assert 12 <= step < 60 and (run / "checkpoints" / str(step)).exists()
     # Again, with several steps a call and the notice before the first: all hear of it at the first call.
     early = several(place, run.path, count, **sharding, **{"training.steps_per_call": 5})
-    while early[0].poll() is None and not (run / lock.NAME).exists():  # then all are connected, and JAX listens
-        time.sleep(0.01)
+    wait_for(early[0], (run / lock.NAME).exists)  # then all are connected, and JAX listens
     early[0].send_signal(signal.SIGTERM)
     results = finish_all(early)
     assert [code for code, _ in results] == [143] * count, results
@@ -206,8 +215,7 @@ def test_sampling_that_loses_a_process(place, undisturbed, tmp_path):
     program = lambda run: ["-m", "experiments.sample", "--workdir", str(run.path)]
     done = lambda: sorted(run.path.glob("samples_*.parts/*.npz"))
     processes = several(place, run.path, 2, program=program(run), **settings)
-    while sum(int(file.stem) % 2 for file in done()) < 20 and processes[1].poll() is None:
-        time.sleep(0.01)
+    wait_for(processes[1], lambda: sum(int(file.stem) % 2 for file in done()) >= 20)
     kill_the_second(processes)
     kept = done()
     assert 220 <= len(kept) < 400  # all of process 0, some of process 1
@@ -260,8 +268,7 @@ def test_an_evaluation_that_loses_a_process(place, undisturbed, tmp_path):
         line for file in run.path.glob(f"likelihood_test-*.{n}-of-2.jsonl") for line in read_jsonl(file)[1:]
     ]
     processes = several(place, run.path, 2, program=program(run), **settings)
-    while len(records(1)) < 16 and processes[1].poll() is None:
-        time.sleep(0.01)
+    wait_for(processes[1], lambda: len(records(1)) >= 16)
     kill_the_second(processes)
     assert 16 <= len(records(1)) < 96
 
