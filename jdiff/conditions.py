@@ -27,7 +27,7 @@ def with_null(cond: PyTree, num_classes: int | None = None) -> tuple[PyTree, PyT
       num_classes: the null label; needed where there are labels.
 
     Raises:
-      ValueError: labels without num_classes.
+      ValueError: labels without num_classes, or of a dtype that does not hold it.
       TypeError: labels that are not integers, entries that are no arrays, num_classes is no integer.
     """
     if num_classes is not None and is_concrete(num_classes):
@@ -37,6 +37,8 @@ def with_null(cond: PyTree, num_classes: int | None = None) -> tuple[PyTree, PyT
         if num_classes is None:
             raise ValueError("the null label is num_classes: with_null(cond, num_classes)")
         check_integers(label, "cond, or its label,")
+        if is_concrete(num_classes) and num_classes > (most := jnp.iinfo(label.dtype).max):
+            raise ValueError(f"labels of {label.dtype} end at {most}: cast them to hold num_classes = {num_classes}")
         return jnp.full_like(label, num_classes)
 
     if not isinstance(cond, dict):

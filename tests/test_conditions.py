@@ -36,6 +36,10 @@ def test_labels_alone_need_no_flag():
     assert set(conditions.with_null({"label": COND["label"]}, 5)[1]) == {"label"}
     with pytest.raises(ValueError, match="the null label is num_classes"):
         conditions.with_null(COND)
+    label = jnp.asarray([0, 3], jnp.uint8)
+    np.testing.assert_array_equal(conditions.with_null(label, 255)[1], 255)
+    with pytest.raises(ValueError, match=r"labels of uint8 end at 255: .* num_classes = 256"):
+        conditions.with_null({"label": label}, 256)
 
 
 def test_what_is_wrong_is_named():

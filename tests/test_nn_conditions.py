@@ -249,3 +249,12 @@ def test_labels_alone_are_what_they_were():
     assert "vector" not in params["conditioning"]
     field = quick_jit(nn.as_field(network, params))
     close(field(X, T, {"label": COND["label"]}), field(X, T, COND["label"]), rtol=0, atol=0)
+
+
+def test_labels_are_read_in_any_integer_dtype():
+    """256 classes as uint8 have a null label, and a negative label is out of range, not one from the end."""
+    label, present = jnp.asarray([0, 255, 7, 1], jnp.uint8), jnp.asarray([True, True, False, True])
+    seen = nn.read_condition({"label": label, "present": present}, X, num_classes=256)
+    np.testing.assert_array_equal(seen["label"], [0, 255, 256, 1])
+    seen = nn.read_condition(jnp.asarray([-1, -128, 7, 127], jnp.int8), X, num_classes=200)
+    np.testing.assert_array_equal(seen["label"], [201, 201, 7, 127])

@@ -36,8 +36,8 @@ def read_condition(cond: Condition, x: Array, **sizes: int | None) -> dict[str, 
         **sizes: `num_classes`, `vector_size`, `image_channels`, `token_size` of the network, None for what it has not.
 
     Returns:
-        "label" (the null label, num_classes, where absent), "vector", "image", "tokens", "tokens_mask", as asked for,
-        and "present", `(batch,)` bool.
+        "label" (the null label, num_classes, where absent; num_classes + 1, which is none, where negative), "vector",
+        "image", "tokens", "tokens_mask", as asked for, and "present", `(batch,)` bool.
 
     Raises:
         ValueError: missing or extra entries, or wrong shapes, by name; a size below 1.
@@ -89,12 +89,16 @@ def read_condition(cond: Condition, x: Array, **sizes: int | None) -> dict[str, 
             found = f"{seen[name].shape} {seen[name].dtype}"
             error = TypeError if seen[name].dtype != bool else ValueError
             raise error(f"cond[{name!r}] must be bool of shape {shape}, got {found}")
+    if "label" in seen:
+        # Wide enough for both numbers; a negative index would count from the end of the table.
+        label = seen["label"].astype(int)
+        seen["label"] = jnp.where(label < 0, wanted["label"] + 1, label)
     if "tokens" in wanted:
         seen.setdefault("tokens_mask", jnp.ones(seen["tokens"].shape[:2], bool))
     if "present" not in seen:
         return seen | {"present": jnp.ones(batch, bool)}
     if "label" in seen:
-        seen["label"] = jnp.where(seen["present"], seen["label"], jnp.asarray(wanted["label"], seen["label"].dtype))
+        seen["label"] = jnp.where(seen["present"], seen["label"], wanted["label"])
     return seen
 
 
