@@ -28,7 +28,7 @@ from jdiff._array import (
 from jdiff._typing import Array, Field, Key, Process
 from jdiff.operators import LinearOperator, check_example, diagonal
 from jdiff.processes import perturb
-from jdiff.solvers.base import Noise, Solver, State, integrate, white
+from jdiff.solvers.base import Noise, Solver, integrate, white
 
 __all__ = ["edit_latent", "repaint", "replacement", "sdedit", "slerp"]
 
@@ -127,23 +127,24 @@ def repaint(
         ratio = alpha_t / alpha_s
         z = noise(keys, state.x, s, t)
         spread = jnp.sqrt(jnp.maximum(sigma_t**2 - (ratio * sigma_s) ** 2, 0))
-        return State(lincomb((ratio, state.x), (spread, z)))
+        return state._replace(x=lincomb((ratio, state.x), (spread, z)))
 
     def move(state, inputs):
         n, t, s, end, again = inputs
         alpha, sigma = process.marginal(batch_time(end, x))
         written = sigma**2 * largest >= (alpha * std) ** 2
         moved = jax.lax.cond(s < t, down, back, fold_in(keys, n), state, t, s)
-        return State(select(written | ~again, moved.x, state.x)), None
+        return moved._replace(x=select(written | ~again, moved.x, state.x)), None
 
-    if jax.tree.leaves(solver.init(x).memory):
+    start = solver.init(x)
+    if jax.tree.leaves(start.memory):
         raise ValueError("repaint needs a solver without memory: what it remembers is gone after a jump")
     gram = jnp.broadcast_to(diagonal(operator, y), y.shape)
     largest = jnp.max(flat(gram), axis=1).astype(coefficient_dtype(x))
     walk = _walk(len(ts) - 1, resamples, jump)
     ts = jnp.asarray(ts)
     inputs = jnp.arange(len(walk)), *(ts[walk[:, i]] for i in range(3)), jnp.asarray(walk[:, 3] > 0)
-    return jax.lax.scan(move, State(x), inputs)[0].x
+    return jax.lax.scan(move, start, inputs)[0].x
 
 
 def sdedit(key: Key, process: Process, solver: Solver, x0: Array, ts: Array, *, denoise: Field | None = None) -> Array:
@@ -218,10 +219,12 @@ def slerp(a: Array, b: Array, weight: Array | float) -> Array:
     check_array(a, "a")
     check_like(b, a, "b", "a")
     weight = scalars(weight, a, "weight")
+    # The sums of squares of noise are beyond half precision.
     norm = lambda x: lincomb((jax.lax.rsqrt(sum_event(x**2)), x))
+    first, second = (norm(x.astype(coefficient_dtype(x))) for x in (a, b))
     # From the chord and its complement: cos would lose the digits of small angles.
     root = lambda x: jnp.sqrt(sum_event(x**2))
-    angle = 2 * jnp.arctan2(root(norm(a) - norm(b)), root(norm(a) + norm(b)))
+    angle = 2 * jnp.arctan2(root(first - second), root(first + second))
     part = lambda w: w * jnp.sinc(w * angle / jnp.pi) / jnp.sinc(angle / jnp.pi)
     return lincomb((part(1 - weight), a), (part(weight), b))
 
@@ -241,7 +244,9 @@ def _replacing(process, operator, y, std, noise):
         variance = sigma**2 * gram - (alpha * expand(std, y)) ** 2
         known = (variance >= 0) & (gram > 0)
         z = noise(keys, y, s, s)
-        target = alpha * y + jnp.sqrt(jnp.where(known, variance, 0)) * z
+        # 0 where sigma and std are: a root has no derivative there.
+        some = known & (variance > 0)
+        target = alpha * y + jnp.where(some, jnp.sqrt(jnp.where(some, variance, 1)), 0) * z
         return x + operator.adjoint(jnp.where(known, (target - measured) / jnp.where(known, gram, 1), 0))
 
     return put

@@ -45,6 +45,14 @@ def test_replacement_of_one_step(x64):
         np.testing.assert_allclose(got[n, :2], alpha * SEEN[:2] + np.sqrt(variance) * z[n, :2], rtol=1e-12)
         np.testing.assert_allclose(got[n, 2:], plain[n, 2:], rtol=1e-12)
     np.testing.assert_allclose(got[2], plain[2], rtol=1e-12)  # noisier than the state: it says less than the state
+    # d/dstd sqrt(sigma^2 - alpha^2 std^2) z; nothing where nothing is written, nor where sigma and std are 0.
+    put = lambda std, s: editing.replacement(PROCESS, inner, operator, y, std).step(keys, solvers.State(x), t, s).x
+    by_std = jax.jit(lambda s: jax.jvp(lambda std: put(std, s), (std,), (jnp.ones(3),))[1])
+    np.testing.assert_array_equal(by_std(0.0), 0)
+    slope = np.asarray(by_std(s))
+    want = -(alpha**2) * 0.2 / np.sqrt(sigma**2 - 0.04 * alpha**2) * z[1, :2]
+    np.testing.assert_allclose(slope[1, :2], want, rtol=1e-12)
+    np.testing.assert_array_equal(np.delete(slope.ravel(), [4, 5]), 0)
 
 
 def test_replacement_through_an_operator(x64):
@@ -143,6 +151,23 @@ def test_repaint_goes_once_where_a_noisy_measurement_is_not_written(x64):
     assert abs(x.var() / covariance[0, 0] - 1) < 0.12  # the prior's is 3.6 times as large
 
 
+def test_repaint_takes_solvers_whose_memory_is_empty():
+    """A predictor with a corrector that does nothing, and exponential Adams of order 1, are DDIM."""
+    operator, y = inpainting(3)
+    ddim, still = solvers.ddim(PROCESS, DATA().denoise), solvers.Solver(solvers.State, lambda key, state, t, s: state)
+    same = (solvers.predictor_corrector(ddim, still), solvers.exponential_adams(PROCESS, DATA().denoise, 1))
+
+    @jax.jit
+    def run(key):
+        x, ts = jax.random.normal(key, (3, 4)), grid(4)
+        again = lambda solver: editing.repaint(key, PROCESS, solver, operator, y, x, ts, resamples=2, jump=2)
+        return again(ddim), [again(solver) for solver in same]
+
+    want, got = run(jax.random.key(0))
+    for x in got:
+        np.testing.assert_allclose(x, want, rtol=1e-5, atol=1e-6)
+
+
 def test_sdedit_moments(x64):
     """x_t given x_0 is Gaussian and the flow is linear: mean and deviation of the result are known."""
     data = analytic.gaussian(PROCESS, jnp.array([0.5, -0.3]), 0.7)
@@ -183,6 +208,13 @@ def test_slerp(x64):
     np.testing.assert_allclose(got[0], [1.5, 0, 0], atol=1e-12)
     part = np.sin(0.5 * angle) / np.sin(angle)
     np.testing.assert_allclose(got[1], part * np.asarray(a[0]) + 2 * part * np.asarray(b[0]), atol=1e-12)
+
+
+def test_slerp_of_more_entries_than_half_precision_can_count():
+    a = jnp.ones((1, 70_000), jnp.float16)
+    b = a.at[:, ::2].set(-1)
+    want = np.tile([0, np.sqrt(2)], 35_000)[None]
+    np.testing.assert_allclose(editing.slerp(a, b, 0.5), want, atol=2e-3)
 
 
 def test_a_sample_depends_on_its_own_key_and_measurement_alone():
