@@ -208,7 +208,7 @@ def level_bound(
 
     Raises:
       ValueError: unknown kind, variance or decoder, draws out of range, a grid that does not decrease
-        from t_max or below to above 0.
+        from t_max or below to above 0, a dtype too coarse for the levels.
       TypeError: levels not integer, draws no integer, keys not typed threefry keys.
     """
     check_kind(predict)
@@ -269,7 +269,7 @@ def level_bound(
         if decoder == "posterior":
             return decode(process, z, t_start, levels, transform)
         alpha, sigma = process.marginal(t_start)
-        mean = reparameterise(process, field, predict, "x0")(z, t_start)
+        mean = reparameterise(process, functools.partial(call, field), predict, "x0")(z, t_start)
         return decode_cells(mean, sigma / alpha, levels, transform)
 
     count = draws or steps

@@ -81,7 +81,7 @@ def truncated_normal(
 
     Raises:
       TypeError: levels not integer, or keys not typed threefry keys.
-      ValueError: no batch axis, another number of keys, levels below 2.
+      ValueError: no batch axis, another number of keys, levels below 2, or a dtype too coarse for them.
     """
     check_images(levels, transform.levels, "levels")
     center = transform.center(levels, dtype=dtype)

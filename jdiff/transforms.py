@@ -126,9 +126,10 @@ class DataTransform:
 
         Raises:
           TypeError: x is not an integer array.
-          ValueError: no batch axis, or levels below 2.
+          ValueError: no batch axis, levels below 2, or a dtype too coarse for them.
         """
         self._check(x)
+        _noise_bits(self.levels, dtype, least=0)
         return self.forward(self._dequantised(x, jnp.asarray(0.5, dtype)))
 
     def log_det(self, event_shape: Sequence[int]) -> float:
@@ -221,11 +222,11 @@ def random_flip(key: Key, x: Array) -> Array:
     return jnp.where(flipped[:, None, None, None], x[:, :, ::-1], x)
 
 
-def _noise_bits(levels: int, dtype: DTypeLike) -> int:
-    """The bits of u that survive (x + u) / L, 2 unit - 1 and back: mantissa less level, two for rounding."""
+def _noise_bits(levels: int, dtype: DTypeLike, least: int = 4) -> int:
+    """Bits of u that survive (x + u) / L, 2 unit - 1 and back: mantissa less level, two for rounding; 0: the middle."""
     bits = jnp.finfo(dtype).nmant - 2 - math.ceil(math.log2(levels))
-    if bits < 4:
-        raise ValueError(f"{jnp.dtype(dtype).name} is too coarse for {levels} levels: dequantise in float32, then cast")
+    if bits < least:
+        raise ValueError(f"{jnp.dtype(dtype).name} is too coarse for {levels} levels: take float32, then cast")
     return bits
 
 

@@ -299,6 +299,19 @@ def test_cells_decoder_uses_the_field_at_the_start():
     assert abs(got - np.sum(weights * log_p) / weights.sum()) < 4 * error
 
 
+def test_fields_of_level_bound_see_times_of_the_images_dtype():
+    seen = set()
+
+    def field(x, t):
+        seen.add((x.dtype.name, t.dtype.name, t.shape))
+        return x
+
+    options = {"predict": "x0", "decoder": "cells", "draws": 2, "dtype": jnp.bfloat16}
+    bound = lambda key, k: bounds.level_bound(key, EIGHT, field, k, LEVELS, **options).value
+    jax.eval_shape(bound, jax.random.key(0), jnp.zeros((3, 2), jnp.uint8))
+    assert seen == {("bfloat16", "bfloat16", (3,))}
+
+
 def test_examples_depend_on_their_own_key_alone():
     process = jdiff.VP()
     data = mixture(process)

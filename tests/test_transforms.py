@@ -72,6 +72,18 @@ def test_inverse_clips_and_types():
     assert DataTransform(256).inverse(jnp.asarray([[0.9]], jnp.bfloat16)) == 243
 
 
+def test_half_precision_holds_the_middles_of_few_levels():
+    # Exactly, or to a sixteenth of a cell; bfloat16's 130 stands for 129.5 and for 130.5.
+    for levels, dtype in ((256, jnp.float16), (32, jnp.bfloat16), (17, jnp.bfloat16)):
+        transform, x = DataTransform(levels), jnp.arange(levels)[None]
+        half = transform.center(x, dtype=dtype)
+        assert half.dtype == dtype
+        error = np.abs(np.asarray(half, np.float64) - np.asarray(transform.center(x), np.float64))
+        assert error.max() <= (transform.width / 16 if levels == 17 else 0)
+    with pytest.raises(ValueError, match="bfloat16 is too coarse for 33 levels"):
+        DataTransform(33).center(jnp.zeros((1, 2), jnp.uint8), dtype=jnp.bfloat16)
+
+
 def test_rescale_reaches_both_ends():
     transform = DataTransform(17)
     x = jnp.asarray([[0, 8, 16]], jnp.uint8)
@@ -147,6 +159,7 @@ def test_random_flip_mirrors_the_width_of_half_of_the_images():
             ValueError,
             "too coarse",
         ),
+        (lambda: DataTransform().center(jnp.zeros((1, 2), jnp.uint8), dtype=jnp.bfloat16), ValueError, "too coarse"),
         (
             lambda: DataTransform().dequantise(jax.random.split(jax.random.key(0), 3), jnp.zeros((2, 2), jnp.uint8)),
             ValueError,
