@@ -89,7 +89,9 @@ def threshold(
 
 
 def _spread(x0):
-    return jnp.std(flat(x0), axis=1)
+    variance = jnp.var(flat(x0), axis=1)
+    # A root of 0 has no derivative: 0 stands in its place.
+    return jnp.where(variance == 0, 0, jnp.sqrt(jnp.where(variance == 0, 1, variance)))
 
 
 def _x0(process, pred, x, t, predict):

@@ -106,6 +106,20 @@ def test_what_needs_no_correction_is_exact_in_float32(kind):
     assert np.isfinite(guidance.autoguidance(flat, flat, 2.0, adjust=adjust)(x, jnp.asarray(0.5))).all()
 
 
+@pytest.mark.parametrize(("kind", "t", "size"), [("x0", 0.5, 1), ("eps", 1.0, 3), ("score", 1.0, 3)])
+def test_the_derivative_without_a_spread_is_that_of_the_unadjusted(x64, kind, t, size):
+    """An event of one entry, or x_0 without signal, is left as it is, to first order too."""
+    process, x = jdiff.Rectified(), jnp.asarray(np.random.default_rng(0).normal(size=(2, size)))
+
+    def run(weight, adjust=None):
+        field = lambda scale: lambda x, t: scale * weight**2 * x
+        return guidance.autoguidance(field(1.0), field(0.5), 3.0, adjust=adjust)(x, jnp.asarray(t))
+
+    adjust = saturation.rescale(process, MIX, predict=kind)
+    slope = jax.jacrev(lambda weight: run(weight, adjust))(0.7)
+    np.testing.assert_allclose(slope, 2.0 / 0.7 * run(0.7), rtol=1e-12)
+
+
 def test_a_quantile_of_zero_is_clipping():
     process, x = jdiff.Rectified(), jnp.array([[0.2, 3.0, -2.0]])
     clipped = saturation.threshold(process, lambda x, t: x, predict="x0", quantile=0.0)

@@ -95,3 +95,17 @@ def test_steps_of_a_few_leaves_are_unit_normals_too(x64):
     starts = jnp.asarray([0.2001, 0.4003, 0.6007, 0.8011])
     z = np.asarray(draw_between(PROCESSES["Rectified"], starts, starts - 3e-6, 10_000))
     assert abs(z.var() - 1) < 0.03
+
+
+def test_the_ends_of_the_path_have_derivatives(x64):
+    """Of the first step and the last, by the process, against differences within a leaf of 1e-6."""
+    x, h = jnp.zeros((1, 3)), 1e-9
+
+    def steps(beta):
+        process = processes.VP(beta_max=beta)
+        noise = solvers.brownian(KEY, process)
+        return jnp.stack([noise(None, x, process.t_max, 0.5), noise(None, x, 0.5, process.t_min)])
+
+    run = jax.jit(lambda beta: jax.jvp(steps, (beta,), (1.0,)))
+    (_, slope), (above, _), (below, _) = (run(beta) for beta in (15.0, 15 + h, 15 - h))
+    np.testing.assert_allclose(slope, (above - below) / (2 * h), rtol=1e-3)

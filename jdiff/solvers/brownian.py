@@ -77,7 +77,9 @@ def _path(keys, x, place):
     node, left, width, low, high = jax.lax.fori_loop(0, _DEPTH, halve, (node, 0 * width, width, start, end))
     share = (place - left) / width
     z = normal_like(jax.vmap(jax.random.fold_in)(keys, node), x)
-    bridge = jnp.sqrt(jnp.maximum(share * (1 - share) * width, 0))
+    variance = share * (1 - share) * width
+    # At the ends of the path it is 0, where a root has no derivative.
+    bridge = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)
     return jax.tree.map(
         lambda low, high, z: low + expand(share, low) * (high - low) + expand(bridge, z) * z, low, high, z
     )
