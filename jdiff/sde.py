@@ -78,17 +78,18 @@ def reverse(
         eta_t = scalars(eta, t, "eta")
         if diffusion is not None:
             return eta_t * diffusion(t)
-        alpha, sigma, dalpha, dsigma = rates(process, t)
         ends_without_signal = process.marginal(jnp.asarray(process.t_max, t.dtype))[0] == 0
-        safe = jnp.where(ends_without_signal, 1, alpha)
-        g = jnp.sqrt(2 * sigma * (dsigma - dalpha / safe * sigma))
-        return eta_t * jnp.where(ends_without_signal, sigma, g)
+        # Where g is not taken it must be finite, or derivatives are not.
+        g = jnp.sqrt(squared_diffusion(process, jnp.where(ends_without_signal, 0.5 * process.t_max, t)))
+        return eta_t * jnp.where(ends_without_signal, process.marginal(t)[1], g)
 
     def drift(x, t):
         t = batch_time(t, x)
         velocity_x, velocity_out = conversion(process, t, predict, "velocity")
-        score_x, score_out = conversion(process, t, predict, "score")
-        half = 0.5 * w(t) ** 2
+        # At sigma = 0 the score is infinite where its product is not: the limit is taken from above, as of g^2.
+        above = jnp.maximum(t, 1e-12 * process.t_max)
+        score_x, score_out = conversion(process, above, predict, "score")
+        half = 0.5 * w(above) ** 2
         return lincomb((velocity_x - half * score_x, x), (velocity_out - half * score_out, call(field, x, t)))
 
     return SDE(drift, _spread(w))

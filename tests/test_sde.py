@@ -166,6 +166,21 @@ def test_reverse_starts_where_alpha_is_zero(name, kind):
     np.testing.assert_allclose(below, near, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.6])
+def test_reverse_ends_where_sigma_is_zero(eta):
+    """In float32, at t = 0 itself: w^2/2 score = -w^2/(2 sigma) eps is 0 or, for SubVP, -eta^2 beta_min eps."""
+    x = np.array([[0.3, -2.0], [1.0, 0.5]], np.float32)
+    eps = lambda x, t: jnp.sin(x)
+    for process, slope, rate, beta in ((jdiff.Rectified(), -1, 1, 0), (jdiff.SubVP(), -0.05, 0.1, 0.1)):
+        sde = jdiff.reverse(process, eps, predict="eps", eta=eta)
+        want = slope * x + (rate + eta**2 * beta) * np.sin(x)
+        np.testing.assert_allclose(sde.drift(x, jnp.zeros(2)), want, rtol=1e-5)
+        np.testing.assert_allclose(sde.diffusion(x, jnp.zeros(2)), 0, atol=1e-6)
+    velocity = lambda x, t: jnp.cos(x)
+    sde = jdiff.reverse(jdiff.Rectified(), velocity, predict="velocity", eta=eta)
+    np.testing.assert_allclose(sde.drift(x, jnp.zeros(2)), np.cos(x), rtol=1e-6)
+
+
 def test_reverse_sde_of_ornstein_uhlenbeck_is_reverse_of_vp(x64):
     process = jdiff.VP()
 

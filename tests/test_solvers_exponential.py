@@ -135,3 +135,15 @@ def test_steps_from_pure_noise_take_the_denoiser_at_its_word(process, x64):
         if case.memory is not None:
             end = solvers.integrate(None, case.make(process, denoise), x, jnp.array([1.0, 0.9, 0.8, 0.5, 0.1]))[0]
             assert bool(jnp.all(jnp.isfinite(end)))
+
+
+def test_steps_to_the_data_take_the_denoiser_at_its_word(x64):
+    """Where sigma_s = 0 they are DDIM, x_s = x_0(x_t, t), also from alpha = 0, and so are their derivatives."""
+    process, x = PROCESSES["Rectified"], state()
+    for t in (0.1, 1.0):
+        step = lambda solver, t=t: lambda x: one_step(solver, x, t, 0.0)
+        want, slope = jax.jvp(step(solvers.ddim(process, denoise)), (x,), (x,))
+        close(want, denoise(x, jnp.full(3, t)))
+        for solver in (*(solvers.dpm_solver(process, denoise, n) for n in (2, 3)), solvers.dpmpp_2s(process, denoise)):
+            for got in zip(jax.jvp(step(solver), (x,), (x,)), (want, slope)):
+                close(*got)

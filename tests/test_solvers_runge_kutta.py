@@ -104,6 +104,21 @@ def test_runge_kutta_steps_are_the_textbook_formulas(direction, x64):
         close(one_step(getattr(solvers, name)(sde.SDE(drift)), jnp.array(x), t, t + h), value, 1e-14)
 
 
+def test_the_last_stage_is_at_the_very_end_of_the_step():
+    """0.05 + (1e-9 - 0.05) is 0 in float32, where sigma is 0 too."""
+    seen = []
+
+    def slope(x, t):
+        seen.append(t)
+        return x
+
+    for solver, last in ((solvers.heun, 1), (solvers.rk4, 3)):
+        seen.clear()
+        one_step(solver(sde.SDE(slope)), jnp.ones((1, 2)), 0.05, 1e-9)
+        assert seen[last] == np.float32(1e-9)
+    np.testing.assert_allclose(seen[1], 0.025)  # and the inner ones stay inside
+
+
 def test_heun_is_karras_second_order_sampler(x64):
     """Karras et al. 2022 (arXiv 2206.00364), alg. 1, on EDM, its last step to sigma = 0 apart."""
     process, x = PROCESSES["EDM"], 3 * np.asarray(state())

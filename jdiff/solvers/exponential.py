@@ -72,7 +72,7 @@ def dpm_solver(process: Process, denoise: Field, order: int = 2) -> Solver:
 
     x_s = DDIM - 3/2 sigma_s ((e^h - 1)/h - 1) D_2, D_i = eps(u_i) - eps_t.
 
-    As many evaluations a step as its order. A step from alpha = 0 is DDIM.
+    As many evaluations a step as its order. A step from alpha = 0, or to sigma = 0, is DDIM.
 
     Args:
       process: the forward process.
@@ -124,7 +124,7 @@ def dpmpp_2s(process: Process, denoise: Field) -> Solver:
     """Return DPM-Solver++(2S), the exponential midpoint rule in log-SNR. Order 2, two evaluations a step.
 
     Lu et al. 2022 (arXiv 2211.01095), 2S with r = 1/2: DDIM from t to u, in the middle of [l_t, l_s], then over the
-    whole step with x_0(x_u, u) in the place of x_0(x_t, t). A step from alpha = 0 is DDIM.
+    whole step with x_0(x_u, u) in the place of x_0(x_t, t). A step from alpha = 0, or to sigma = 0, is DDIM.
 
     Args:
       process: the forward process.
@@ -149,19 +149,23 @@ def dpmpp_2s(process: Process, denoise: Field) -> Solver:
 
 
 class _Between(NamedTuple):
-    """The step from t to s in half log-SNR; from alpha = 0 it is infinitely long, and h is 0 instead."""
+    """The step from t to s in half log-SNR; where that is infinitely long (alpha_t = 0, sigma_s = 0) h is 0 instead."""
 
     h: Array
     finite: Array
     at: Callable[[float], Array]
-    """Fraction -> time there; s where the step is infinitely long."""
+    """Fraction -> time there; from alpha = 0 it is s, to sigma = 0 it is t."""
 
 
 def _between(process, t, s):
     start, end = _half_log_snr(process, t), _half_log_snr(process, s)
-    finite = jnp.isfinite(start)
+    known = jnp.isfinite(start)
+    finite = known & jnp.isfinite(end)
     h = jnp.where(finite, end - start, 0)
-    return _Between(h, finite, lambda fraction: time_at(process, 2 * (end - (1 - fraction) * h)))
+    # With end -> inf the times inside go to s, where x_0(x, s) = x / alpha_s: 2S and DPM-Solver-3 then end in DDIM's
+    # alpha_s x_0(x_t, t), DPM-Solver-2 in 0/0. All take DDIM's, and ask no field at sigma = 0, where some are NaN.
+    last = jnp.where(jnp.isfinite(end), end, jnp.where(known, start, 0))
+    return _Between(h, finite, lambda fraction: time_at(process, 2 * (last - (1 - fraction) * h)))
 
 
 def _half_log_snr(process, t):

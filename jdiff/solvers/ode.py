@@ -16,12 +16,14 @@ def check_ode(sde: SDE) -> None:
         raise ValueError("this solver integrates ODEs, the SDE has a diffusion: see probability_flow, euler_maruyama")
 
 
-def _stages(drift, tableau, x, t, h):
-    """Return the slopes k_i of one step of length h from (x, t)."""
+def _stages(drift, tableau, x, t, s):
+    """Return the slopes k_i of one step from (x, t) to s."""
+    h = s - t
     slopes = [call(drift, x, t)]
     for c, row in zip(tableau.c[1:], tableau.a):
         terms = [(h * a, k) for a, k in zip(row, slopes) if a != 0]
-        slopes.append(call(drift, lincomb((1.0, x), *terms), t + c * h))
+        # t + (s - t) may be 0 where s is not.
+        slopes.append(call(drift, lincomb((1.0, x), *terms), s if c == 1 else t + c * h))
     return slopes
 
 
@@ -36,7 +38,7 @@ def runge_kutta(sde: SDE, tableau: Tableau) -> Solver:
     def step(key, state, t, s):
         t, s = batch_time(t, state.x), batch_time(s, state.x)
         h = s - t
-        slopes = _stages(sde.drift, tableau, state.x, t, h)
+        slopes = _stages(sde.drift, tableau, state.x, t, s)
         return State(lincomb((1.0, state.x), *((h * b, k) for b, k in zip(tableau.b, slopes) if b != 0)))
 
     return Solver(State, step, tableau.order)
