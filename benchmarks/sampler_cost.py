@@ -4,8 +4,8 @@
 
 Time: 20 solver steps over a `lax.scan` of 20 bare network calls (goal: at most 1.05), from the same state on the same
 times, in one jitted call. Compile time: 1,000 steps over 20 (goal: 1). Memory, by XLA's own analysis at a batch of 256
-with the initial state donated: what the sampler needs beyond one network call, in copies of the state (goal: at most 3,
-the same for 20 and 1,000 steps), and with the path kept.
+with the initial state donated, to the sampler as to the network: what the one needs beyond one call of the other, in
+copies of the state (goal: at most 3, the same for 20 and 1,000 steps), and with the path kept.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> None:
     bare = lambda params, x: jax.lax.scan(lambda x, t: (network(params, x, t), None), x, ts[:-1])[0]
     bare_program, _ = compiled(bare, trained.params, x)
     large = state(LARGE)
-    alone, _ = compiled(network, trained.params, large, ts[0])
+    alone, _ = compiled(network, trained.params, large, ts[0], donate=1)
     copies = lambda program: (_bytes(program) - _bytes(alone)) / large.nbytes
     result = {}
     for name, make in SOLVERS.items():

@@ -45,6 +45,7 @@ def _measure(options, dtype):
     batch = jax.tree.map(jnp.asarray, parallel.shard_batch(batch, mesh))
 
     compiler = compiler_options()
+    compiled = functools.partial(jax.jit, compiler_options=compiler)
     whole = parallel.data_parallel(loss_fn, tx, mesh, ema_decay=decay, compiler_options=compiler)
     state = {"ours": parallel.replicate(training.init_state(params, tx), mesh)}
 
@@ -52,15 +53,15 @@ def _measure(options, dtype):
         state["ours"], metrics = whole(state["ours"], key, batch)
         return metrics
 
-    @functools.partial(jax.jit, compiler_options=compiler)
+    @compiled
     def gradient(params, step, batch):
         keys = training.example_keys(key, step, batch["index"])
         whole_batch = batch | {"key": training.shared_key(key, step)}
         return jax.value_and_grad(lambda p: jnp.mean(loss_fn(p, keys, whole_batch)[0]))(params)
 
     # optax's Adam is traced under standard promotion, here as in jdiff.training.
-    update, apply = jax.jit(tx.update), jax.jit(optax.apply_updates)
-    average = jax.jit(lambda ema, params: optax.incremental_update(params, ema, 1 - decay))
+    update, apply = compiled(tx.update), compiled(optax.apply_updates)
+    average = compiled(lambda ema, params: optax.incremental_update(params, ema, 1 - decay))
     state["baseline"] = (jnp.zeros((), jnp.int32), params, params, tx.init(params))
 
     def baseline():
