@@ -24,6 +24,7 @@ from jdiff._array import (
     scalars,
     select,
     sum_event,
+    widened,
 )
 from jdiff._typing import Array, Field, Key, Process
 from jdiff.operators import LinearOperator, check_example, diagonal
@@ -221,7 +222,7 @@ def slerp(a: Array, b: Array, weight: Array | float) -> Array:
     weight = scalars(weight, a, "weight")
     # The sums of squares of noise are beyond half precision.
     norm = lambda x: lincomb((jax.lax.rsqrt(sum_event(x**2)), x))
-    first, second = (norm(x.astype(coefficient_dtype(x))) for x in (a, b))
+    first, second = (norm(widened(x)) for x in (a, b))
     # From the chord and its complement: cos would lose the digits of small angles.
     root = lambda x: jnp.sqrt(sum_event(x**2))
     angle = 2 * jnp.arctan2(root(first - second), root(first + second))
