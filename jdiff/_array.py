@@ -235,6 +235,11 @@ def widened(x: Array) -> Array:
     return x.astype(coefficient_dtype(x))
 
 
+def root(x: Array) -> Array:
+    """Return the square root of x, 0 with derivative 0 where x <= 0; NaN stays."""
+    return jnp.where(x <= 0, 0, jnp.sqrt(jnp.where(x <= 0, 1, x)))
+
+
 def sum_event(x: Array) -> Array:
     """Sum over all axes but the first, in `coefficient_dtype(x)`."""
     return jnp.sum(widened(x), axis=tuple(range(1, x.ndim)))

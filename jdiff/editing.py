@@ -21,6 +21,7 @@ from jdiff._array import (
     fold_in,
     lincomb,
     per_example_keys,
+    root,
     scalars,
     select,
     sum_event,
@@ -127,7 +128,7 @@ def repaint(
         (alpha_s, sigma_s), (alpha_t, sigma_t) = (process.marginal(batch_time(u, x)) for u in (s, t))
         ratio = alpha_t / alpha_s
         z = noise(keys, state.x, s, t)
-        spread = jnp.sqrt(jnp.maximum(sigma_t**2 - (ratio * sigma_s) ** 2, 0))
+        spread = root(sigma_t**2 - (ratio * sigma_s) ** 2)
         return state._replace(x=lincomb((ratio, state.x), (spread, z)))
 
     def move(state, inputs):
@@ -245,9 +246,7 @@ def _replacing(process, operator, y, std, noise):
         variance = sigma**2 * gram - (alpha * expand(std, y)) ** 2
         known = (variance >= 0) & (gram > 0)
         z = noise(keys, y, s, s)
-        # 0 where sigma and std are: a root has no derivative there.
-        some = known & (variance > 0)
-        target = alpha * y + jnp.where(some, jnp.sqrt(jnp.where(some, variance, 1)), 0) * z
+        target = alpha * y + root(variance) * z
         return x + operator.adjoint(jnp.where(known, (target - measured) / jnp.where(known, gram, 1), 0))
 
     return put

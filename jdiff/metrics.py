@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import check_array, check_like, check_positive, flat, mean_event, widened
+from jdiff._array import check_array, check_like, check_positive, flat, mean_event, root, widened
 from jdiff._typing import Array
 
 __all__ = ["energy_distance", "frechet_distance", "gaussian_kl", "gaussian_w2", "psnr"]
@@ -131,8 +131,6 @@ def _row_sums(x, y):
     """sum_j |x_i - y_j|, from differences: inner products would lose the digits of neighbours."""
 
     def row(a):
-        square = jnp.sum((a[None] - y) ** 2, axis=1)
-        # A sample's distance to itself has no derivative; it counts as 0.
-        return jnp.sum(jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0))
+        return jnp.sum(root(jnp.sum((a[None] - y) ** 2, axis=1)))  # of a sample to itself there is no derivative
 
     return jax.lax.map(row, x, batch_size=16)

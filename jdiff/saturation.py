@@ -10,7 +10,7 @@ import math
 
 import jax.numpy as jnp
 
-from jdiff._array import batch_time, call, check_array, coefficient_dtype, expand, flat, lincomb, scalars
+from jdiff._array import batch_time, call, check_array, coefficient_dtype, expand, flat, lincomb, root, scalars
 from jdiff._typing import Array, Field, Kind, Process
 from jdiff.guidance import Adjust
 from jdiff.predictions import check_kind, conversion
@@ -89,9 +89,7 @@ def threshold(
 
 
 def _spread(x0):
-    variance = jnp.var(flat(x0), axis=1)
-    # A root of 0 has no derivative: 0 stands in its place.
-    return jnp.where(variance == 0, 0, jnp.sqrt(jnp.where(variance == 0, 1, variance)))
+    return root(jnp.var(flat(x0), axis=1))
 
 
 def _x0(process, pred, x, t, predict):

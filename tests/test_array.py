@@ -88,6 +88,12 @@ def test_a_field_must_return_a_state_like_x():
     assert _array.call(lambda x, t: x, tree(), 0.5).keys() == tree().keys()
 
 
+def test_root_where_there_is_none():
+    x = jnp.asarray([-1.0, 0.0, 4.0, jnp.nan])
+    np.testing.assert_array_equal(_array.root(x), [0, 0, 2, np.nan])
+    np.testing.assert_array_equal(jax.vmap(jax.grad(_array.root))(x), [0, 0, 0.25, np.nan])
+
+
 def test_reductions_keep_the_batch():
     x = np.random.default_rng(1).normal(size=(3, 4, 5)).astype(np.float32)
     np.testing.assert_allclose(_array.sum_event(x), x.reshape(3, -1).sum(1), rtol=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import batch_time, check_state, expand, fold_in, is_concrete, normal_like, per_example_keys
+from jdiff._array import batch_time, check_state, expand, fold_in, is_concrete, normal_like, per_example_keys, root
 from jdiff._typing import Key, Process
 from jdiff.solvers.base import Noise
 
@@ -77,9 +77,7 @@ def _path(keys, x, place):
     node, left, width, low, high = jax.lax.fori_loop(0, _DEPTH, halve, (node, 0 * width, width, start, end))
     share = (place - left) / width
     z = normal_like(jax.vmap(jax.random.fold_in)(keys, node), x)
-    variance = share * (1 - share) * width
-    # At the ends of the path it is 0, where a root has no derivative.
-    bridge = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)
+    bridge = root(share * (1 - share) * width)  # 0 at the ends of the path
     return jax.tree.map(
         lambda low, high, z: low + expand(share, low) * (high - low) + expand(bridge, z) * z, low, high, z
     )

@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jdiff._array import batch_time, call, expand, lincomb
+from jdiff._array import batch_time, call, expand, lincomb, root
 from jdiff._typing import Field, Process
 from jdiff.processes import log_snr, time_at
 from jdiff.sde import SDE
@@ -114,9 +114,7 @@ def edm(
             rho = jnp.where(inside, sigma, 1) / alpha
             back = jnp.where(inside, time_at(process, -2 * jnp.log((1 + churn) * rho)), t)
             alpha_back, sigma_back = process.marginal(back)
-            variance = sigma_back**2 - (alpha_back * rho) ** 2
-            some = inside & (variance > 0)
-            added = jnp.where(some, jnp.sqrt(jnp.where(some, variance, 1)), 0)
+            added = root(jnp.where(inside, sigma_back**2 - (alpha_back * rho) ** 2, 0))
             scale = jnp.where(inside, alpha_back / alpha, 1)
             x, t = lincomb((scale, x), (s_noise * added, noise(keys, x, t, s))), back
         (alpha_t, sigma_t), (alpha_s, sigma_s) = process.marginal(t), process.marginal(s)
