@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import log_ndtr
 
-from jdiff._array import batch_time, check_array, check_count, expand
+from jdiff._array import batch_time, check_array, check_count, expand, widened
 from jdiff._typing import Array, Field, Kind, Process
 from jdiff.predictions import check_kind, coefficients
 
@@ -78,7 +78,7 @@ def level_field(
         if log_prior.shape[:-1] != x.shape[1:]:
             want = (*x.shape[1:], levels)
             raise ValueError(f"log_prior must have shape {want}, event and levels, got {log_prior.shape}")
-        t = batch_time(t, x)
+        t, dtype, x = batch_time(t, x), x.dtype, widened(x)  # the normal distribution has no half precision
         ends = jnp.linspace(low, high, levels + 1, dtype=x.dtype) if edges is None else edges.astype(x.dtype)
         # Not the difference of rounded ends: the width of equal cells is known better.
         widths = jnp.full(levels, (high - low) / levels, x.dtype) if edges is None else jnp.diff(ends)
@@ -104,13 +104,13 @@ def level_field(
             ],
             axis=-1,
         )
-        logits = net(features, t.astype(x.dtype))
+        logits = net(features.astype(dtype), t.astype(dtype))
         if getattr(logits, "size", None) != x.size * levels or logits.shape[:1] != x.shape[:1]:
             got = getattr(logits, "shape", type(logits).__name__)
             raise ValueError(f"the network must return {levels} logits per entry of x {x.shape}, got {got}")
-        x0, eps = posterior(logits.reshape(*x.shape, levels))
+        x0, eps = posterior(widened(logits).reshape(*x.shape, levels))
         a, b = (expand(c, x) for c in coefficients(process, t, predict))
-        return a * x0 + b * eps
+        return (a * x0 + b * eps).astype(dtype)
 
     return field
 

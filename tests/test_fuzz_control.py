@@ -160,7 +160,11 @@ ENTRIES = [
     Entry(editing.slerp, {"a": state, "b": states(X, like="a"), "weight": per_example("a")}, of_x("a")),
     Entry(
         operators.solve,
-        {"residual": exact, "signal": per_example("residual"), "noise": per_example("residual")},
+        {
+            "residual": Role(lambda v, a: is_array(v) and v.shape[1:] == (2,), exact.values, X),
+            "signal": per_example("residual"),
+            "noise": per_example("residual"),
+        },
         of_x("residual"),
         lambda **a: operators.solve(MASK, **a),
     ),

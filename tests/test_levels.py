@@ -166,6 +166,21 @@ def test_merged_levels_are_the_best_of_all_cuts():
             assert log_likelihood(best) == pytest.approx(max(log_likelihood(cut) for cut in cuts))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_is_rounded_at_the_ends_only(dtype):
+    seen = []
+
+    def net(features, t):
+        seen.append((features.dtype, t.dtype))
+        return jnp.broadcast_to(LOGITS.astype(dtype)[None], (len(t), *LOGITS.shape))
+
+    x, t = jnp.asarray([[0.5, -0.25], [1.5, 0.0]], dtype)[..., None], jnp.asarray([0.03125, 0.5])
+    field = level_field(PROCESSES["VP"], net, LOG_PRIOR, predict="eps")
+    out, wide = field(x, t), field(x.astype(jnp.float32), t)
+    assert out.dtype == dtype and seen[0] == (dtype, dtype)
+    np.testing.assert_array_equal(out, wide.astype(dtype))
+
+
 @pytest.mark.parametrize("name", list(PROCESSES))
 def test_all_kinds_are_one_field(name, x64):
     process, x, t, alpha, sigma = _batch(name, np.float64)
