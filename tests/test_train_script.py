@@ -276,6 +276,8 @@ def test_statistics_are_those_of_the_images_that_are_trained_on(monkeypatch):
         x = np.asarray(objectives.model_space(config, transform, keys, images), np.float64)
         np.testing.assert_allclose(ours["mean"], np.broadcast_to(x.mean(axis=axes), (8, 8, 1)), atol=5e-3)
         np.testing.assert_allclose(ours["std"], np.broadcast_to(x.std(axis=axes), (8, 8, 1)), atol=5e-3)
+        spread = 2 / 17 * np.sqrt(np.asarray(images, np.float64).var(axis=axes) + 1 / 12)  # of levels and of u
+        np.testing.assert_allclose(ours["std"], np.broadcast_to(spread, (8, 8, 1)), rtol=1e-6)
     config = small_config(network__precondition="levels")
     prior = model.statistics(config, source, transform)["log_prior"]
     pixel = np.asarray(images)[:, 3, 4, 0]
